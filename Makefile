@@ -1,0 +1,35 @@
+# Every target makes .venv when it is missing or stale (tools/setup_environment.py) and needs nothing else.
+# Python 3.11 is looked for under its usual names; `make PYTHON=/path/to/python3.11 demo` names one.
+SHELL := /bin/sh
+PYTHON := $(shell for p in python3.11 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && { command -v "$$p"; break; }; done)
+RUN := .venv/bin/python -m
+
+.PHONY: demo test test-fast check fix bench venv
+.DEFAULT_GOAL := test
+
+venv:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed and was not found: install it, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" tools/setup_environment.py
+
+demo: venv
+	$(RUN) unicuco.cli.demo
+
+test: venv
+	$(RUN) pytest
+
+test-fast: venv
+	$(RUN) pytest -m "not slow"
+
+check: venv
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	.venv/bin/lint-imports
+
+fix: venv
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+bench: venv
+	$(RUN) benchmarks

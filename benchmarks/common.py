@@ -1,0 +1,94 @@
+"""What the parts share: a prepared model with its judges, tables, and a file of results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from unicuco.allocate import AllocationContext
+from unicuco.evaluate import LocalEvaluator
+from unicuco.models import load_tokenizer
+from unicuco.pipeline import LearnOptions
+from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.texts import test_windows
+from unicuco.types import Strategy
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Bench:
+    """A prepared model with its judges; preparation costs 5 units (ranks 1, Fisher 3, dense 1).
+
+    Args:
+        model: any name a command takes.
+        tokens: per evaluation.
+        test_tokens: of the test text.
+        seed: of the labels that the Fisher pass draws.
+        preset: whose search is configured.
+    """
+
+    preparation_units = 5.0
+
+    def __init__(
+        self, model: str, *, tokens: int = 3072, test_tokens: int = 16_384, seed: int = 0
+    ) -> None:
+        self.model = model
+        with tempfile.TemporaryDirectory() as folder:
+            options = LearnOptions(model=model, out=Path(folder), tokens=tokens, seed=seed)
+            self.prepared: Prepared = prepare(options, Path(folder), lambda _: None)
+        self.arrays = self.prepared.model_arrays()
+        search = self.prepared.texts.search
+        self.search_arrays = {**self.arrays, **self.prepared.text_arrays(search)}
+        self.search_judge = LocalEvaluator(self.prepared.evaluator, self.search_arrays)
+        tokenizer = load_tokenizer(self.prepared.loaded.folder)
+        test = test_windows(tokenizer, None, tokens=test_tokens, context=self.prepared.context)
+        config = replace(self.prepared.evaluator, text_digest=test.digest)
+        self.test_judge = LocalEvaluator(config, {**self.arrays, **self.prepared.text_arrays(test)})
+        self.test_tokens = test.num_tokens
+        self.space = self.prepared.space
+        self.context = AllocationContext(
+            space=self.space, curves=self.prepared.search.axis_curves()
+        )
+
+    def test_kl(self, strategies: Sequence[Strategy]) -> list[float]:
+        """Return the KL of strategies on the test text."""
+        return [self.test_judge.evaluate(strategy).kl for strategy in strategies]
+
+
+def provenance() -> dict[str, object]:
+    """Return what a reader needs to place the numbers."""
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "revision": revision,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "gpytorch": version("gpytorch"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def save(name: str, document: dict[str, object]) -> Path:
+    """Write results to ``benchmarks/results/NAME.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"provenance": provenance(), **document}, indent=1) + "\n")
+    return path
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; floats with three decimals."""
+    cells = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])

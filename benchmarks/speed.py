@@ -1,0 +1,160 @@
+"""How fast is it: plans, cutting, Ray replicas. Ratios within one run; medians.
+
+``python -m benchmarks.speed``; results go to ``benchmarks/results/speed.json``. Plans and cutting
+use a small run that is learned first (their time does not depend on how well it learned).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import Bench, save, table
+from cluster.driver import RayBackend
+from unicuco.errors import UnicucoError
+from unicuco.evaluate import LocalEvaluator
+from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn, prune
+from unicuco.types import Ask, Request, Target
+
+_REPEATS = 15
+_EVALUATIONS = 16  # of a replica measurement
+
+
+def mixed_requests() -> list[Request]:
+    """Return 64 requests of every kind a run of masks answers."""
+    requests = [Request(target=Target.SPARSITY, value=0.1 + 0.01 * k) for k in range(16)]
+    requests += [Request(target=Target.MAX_KL, value=0.02 * (k + 1)) for k in range(16)]
+    requests += [Request(target=Target.PREFERENCE, value=k / 16) for k in range(16)]
+    return requests + [
+        Request(target=Target.MAX_PARAMS, value=6_500_000 - 250_000 * k) for k in range(16)
+    ]
+
+
+def median_s(work: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """Return the median seconds of a call, the first one left out."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def measure_plans(run: Run) -> dict[str, float]:
+    """Time 64 plans in this warm process."""
+    requests = mixed_requests()
+    failed = [answer for answer in run.plan(requests) if isinstance(answer, UnicucoError)]
+    assert not failed, f"all 64 can be met: {failed}"
+    return {"plans_64_ms": 1000 * median_s(lambda: run.plan(requests))}
+
+
+def measure_cutting(run: Run, folder: Path) -> dict[str, float]:
+    """Time cutting and writing a variant against copying its files, plain and synced, in turn."""
+    request = Request(target=Target.SPARSITY, value=0.6)
+    prune(run, request, folder / "variant")
+    cut: list[float] = []
+    copied: list[float] = []
+    synced: list[float] = []
+    for number in range(_REPEATS):
+        for name, times in (("cut", cut), ("copy", copied), ("sync", synced)):
+            target = folder / f"{name}{number}"
+            started = time.perf_counter()
+            if name == "cut":
+                prune(run, request, target)
+            else:
+                _copy(folder / "variant", target, sync=name == "sync")
+            times.append(time.perf_counter() - started)
+            shutil.rmtree(target)
+    medians = [statistics.median(times) for times in (cut, copied, synced)]
+    return {
+        "cut_ms": 1000 * medians[0],
+        "copy_ms": 1000 * medians[1],
+        "copy_synced_ms": 1000 * medians[2],
+        "cut_per_copy": medians[0] / medians[1],
+        "cut_per_synced_copy": medians[0] / medians[2],
+    }
+
+
+def _copy(source: Path, target: Path, *, sync: bool) -> None:
+    shutil.copytree(source, target)
+    if sync:
+        for path in target.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:
+    """Time the same evaluations in-process, on one Ray replica and on two, interleaved.
+
+    One thread each. Both pools stay up, idle ones cost nothing.
+    """
+    asks = [
+        Ask(
+            round=0,
+            position=k,
+            strategy=bench.space.uniform(0.3 + 0.4 * k / _EVALUATIONS),
+            derivatives=False,
+        )
+        for k in range(_EVALUATIONS)
+    ]
+    torch.set_num_threads(1)
+    local = LocalEvaluator(bench.prepared.evaluator, bench.search_arrays)
+    ratios: list[float] = []
+    overheads: list[float] = []
+    with RayBackend(replicas=1) as one, RayBackend(replicas=2) as two:
+        pools = []
+        for backend in (one, two):
+            _, pool = backend.start(
+                bench.prepared.evaluator, bench.search_arrays, bench.prepared.search
+            )
+            pools.append(pool)
+        for _ in range(pairs + 1):
+            started = time.perf_counter()
+            for ask in asks:
+                local.evaluate(ask.strategy)
+            in_process = time.perf_counter() - started
+            seconds = []
+            for pool in pools:
+                started = time.perf_counter()
+                for ask in asks:
+                    pool.submit(ask)
+                for _ in asks:
+                    pool.next_outcome()
+                seconds.append(time.perf_counter() - started)
+            ratios.append(seconds[0] / seconds[1])
+            overheads.append(seconds[0] / in_process)
+            print(f"in-process {in_process:.2f} s, one {seconds[0]:.2f}, two {seconds[1]:.2f}")
+    return {
+        "two_replicas_speedup": statistics.median(ratios[1:]),
+        "ray_over_in_process": statistics.median(overheads[1:]),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description="Measure how fast it is.")
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--pairs", type=int, default=5)
+    values = parser.parse_args(arguments)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = LearnOptions(model=values.model, out=folder / "run", evaluations=8)
+        run = learn(options, backend=LocalBackend(), progress=lambda _: None)
+        figures |= measure_plans(run)
+        figures |= measure_cutting(run, folder)
+    figures |= measure_replicas(Bench(values.model, test_tokens=512), values.pairs)
+    print(table(["what", "figure"], list(figures.items())))
+    print("saved to", save("speed", {"model": values.model, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()

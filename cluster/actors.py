@@ -1,0 +1,99 @@
+"""What runs inside Ray's processes: one evaluator, or one search. Plain classes, wrapped elsewhere.
+
+They only delegate. Construction stores, `start` builds, so that whatever goes wrong in building
+reaches the driver as the exception it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicuco.types import Ask, FailedEvaluation, Outcome
+
+if TYPE_CHECKING:  # at run time the package of searches would load GPyTorch into every replica
+    from unicuco.search.drive import AskTell, Evaluator
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+# Any: a configuration goes from whoever starts an actor to the builder given beside it, unread.
+BuildEvaluator = Callable[[Any, Arrays], "Evaluator"]
+BuildSearch = Callable[[Any], "AskTell"]
+
+# Any: Ray's own handle types lose what class the actor is of.
+Handle = Any
+
+
+class EvaluatorActor:
+    """One replica: judges one ask at a time on its own copy of the model.
+
+    Args:
+        build: makes the evaluator; runs here.
+        config: the builder's configuration.
+        arrays: weights, ranks, text: read-only views of the node's shared memory.
+    """
+
+    # Any: as `BuildEvaluator`
+    def __init__(self, build: BuildEvaluator, config: Any, arrays: Arrays) -> None:
+        self._build = build
+        self._config = config
+        self._arrays = arrays
+
+    def start(self) -> None:
+        """Build the evaluator."""
+        self._evaluator = self._build(self._config, self._arrays)
+
+    def evaluate(self, ask: Ask) -> Outcome:
+        """Judge a strategy; a failure is a value."""
+        started = time.perf_counter()
+        try:
+            return self._evaluator.evaluate(ask.strategy, tokens=None, derivatives=ask.derivatives)
+        except Exception as error:  # whatever one strategy breaks, the others go on
+            wall_s = time.perf_counter() - started
+            return FailedEvaluation.from_error(ask.strategy.key, error, wall_s=wall_s)
+
+
+class LearnerActor:
+    """Owns the search with its surrogate and network.
+
+    Args:
+        build: makes the search; runs here.
+        config: the builder's configuration.
+    """
+
+    # Any: as `BuildSearch`
+    def __init__(self, build: BuildSearch, config: Any) -> None:
+        self._build = build
+        self._config = config
+
+    def start(self) -> int:
+        """Build the search and return its round size."""
+        self._search = self._build(self._config)
+        return self._search.round_size
+
+    def ask(self, round: int) -> list[Ask]:
+        """Return the asks of a round."""
+        return self._search.ask(round)
+
+    def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
+        """Take a whole round in ask order."""
+        self._search.tell(round, results)
+
+
+# Any: the builders' own types, imported only where they run.
+def build_local_evaluator(config: Any, arrays: Arrays) -> Evaluator:
+    """Build the evaluator that also runs without Ray."""
+    from unicuco.evaluate import LocalEvaluator
+
+    return LocalEvaluator.from_arrays(config, arrays)
+
+
+def build_configured_search(config: Any) -> AskTell:
+    """Build the search that a `SearchConfig` describes."""
+    from unicuco.search import build_search
+
+    return build_search(config)

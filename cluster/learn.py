@@ -1,0 +1,183 @@
+"""`python -m cluster.learn --config FILE.yaml`: learning as a job, e.g. under `ray job submit`.
+
+The YAML has the option names of `unicuco learn`. Prints the options in effect once, then a line
+now and then, and at the end where the run is. What this module does not know: what the options
+mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unicuco.errors import RequestError, StorageError, UnicucoError
+
+if TYPE_CHECKING:
+    from unicuco.pipeline import Backend, LearnOptions, Progress
+
+_LINE_EVERY_S: Final = 10.0
+
+
+class LearnConfig(BaseModel):
+    """A job's YAML file; fields as in `unicuco.pipeline.LearnOptions`, and where to run.
+
+    ``address`` left out means the cluster that the job runs on, if it runs on one, else a Ray of
+    its own; "none" is without Ray. ``threads`` are those of each replica.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str
+    out: str
+    pruner: str = "wanda"
+    granularity: str = "layer"
+    dimensions: list[str] | str = "sparsity"
+    preset: str = "default"
+    evaluations: int | None = None
+    replicas: int = 1
+    shards: int = 1
+    threads: int = 1
+    calibration: str | None = None
+    tokens: int = 3072
+    context: int | None = None
+    seed: int = 0
+    resume: bool = False
+    max_sparsity: float = 0.9
+    address: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> LearnConfig:
+        """Read a YAML file.
+
+        Raises:
+            StorageError: it can't be read.
+            RequestError: no YAML, an unknown option or a value of the wrong kind.
+        """
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StorageError(f"{path} can't be read: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(document, dict):
+            raise RequestError(f"{path} must name options, one a line, e.g. `model: reference`")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            reason = first["msg"]
+            if first["type"] == "extra_forbidden":
+                reason = f"is no option; options: {', '.join(cls.model_fields)}"
+            raise RequestError(f"{path}: {name}: {reason}") from error
+
+    def to_domain(self) -> LearnOptions:
+        """Return the options of learning.
+
+        Raises:
+            RequestError: a value out of its range.
+        """
+        from unicuco.pipeline import LearnOptions
+
+        given = self.dimensions
+        names = given.split(",") if isinstance(given, str) else given
+        return LearnOptions(
+            model=self.model,
+            out=Path(self.out),
+            pruner=self.pruner,
+            granularity=self.granularity,
+            dimensions=tuple(name.strip() for name in names),
+            preset=self.preset,
+            evaluations=self.evaluations,
+            replicas=self.replicas,
+            shards=self.shards,
+            calibration=None if self.calibration is None else Path(self.calibration),
+            tokens=self.tokens,
+            context=self.context,
+            seed=self.seed,
+            resume=self.resume,
+            max_sparsity=self.max_sparsity,
+        )
+
+    def backend(self) -> Backend:
+        """Return the backend that the address names."""
+        if self.effective_address == "none":
+            from unicuco.pipeline import LocalBackend
+
+            return LocalBackend()
+        from cluster.driver import RayBackend
+
+        return RayBackend(self.effective_address, self.replicas, self.threads)
+
+    @property
+    def effective_address(self) -> str:
+        """Where to run, with the default filled in."""
+        if self.address is not None:
+            return self.address
+        return "auto" if os.environ.get("RAY_ADDRESS") else "local"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a job; return its exit code: 0 done, 2 wrong use, 1 anything else, as `unicuco learn`."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.learn", description="Learn a run.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML, as `unicuco learn`.")
+    path = parser.parse_args(arguments).config
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _learn(LearnConfig.read(path))
+    except UnicucoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped: `resume: true` goes on from here", file=sys.stderr)
+        return 1
+
+
+def _learn(config: LearnConfig) -> int:
+    options = config.to_domain()
+    effective = config.model_dump() | {
+        "evaluations": options.num_evaluations,
+        "address": config.effective_address,
+    }
+    print(f"options {json.dumps(effective)}", flush=True)
+    from unicuco.pipeline import learn
+
+    run = learn(options, backend=config.backend(), progress=_Lines())
+    print(f"learned {run.folder}", flush=True)
+    return 0
+
+
+class _Lines:
+    """Prints where each stage begins and ends, and a line every ten seconds between."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._printed_at = 0.0
+
+    def __call__(self, step: Progress) -> None:
+        now = time.monotonic()
+        is_edge = step.stage != self._stage or step.done == step.total
+        if is_edge or now - self._printed_at >= _LINE_EVERY_S:
+            self._stage, self._printed_at = step.stage, now
+            print(
+                f"{step.stage} {step.done}/{step.total or '?'} {step.detail}".rstrip(), flush=True
+            )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Actors that die while a run goes on: nothing is lost, nothing is done twice in the record."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.driver import RayBackend
+from tests.cluster.synthetic import ARRAYS, Bowl, BowlConfig, DigestSearch, DyingSearch
+from tests.cluster.test_driver import local_asks
+from unicuco.search.drive import Progress, drive
+from unicuco.store import EvaluationStore
+from unicuco.types import Evaluation, FailedEvaluation
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[EvaluationStore]:
+    with EvaluationStore.open(tmp_path / "evaluations.db", create=True) as store:
+        yield store
+
+
+def ignore(progress: Progress) -> None:
+    pass
+
+
+def replica_of(outcome: Evaluation | FailedEvaluation) -> int | None:
+    if isinstance(outcome, FailedEvaluation):
+        return None
+    return int(outcome.text_digest.rpartition("pid=")[2])
+
+
+def test_a_killed_replica_is_replaced_and_its_strategy_evaluated_again(
+    store: EvaluationStore,
+) -> None:
+    killed: list[int] = []
+
+    def kill_one(progress: Progress) -> None:
+        seen = {replica_of(outcome) for _, outcome in store.read()} - {None, *killed}
+        if progress.done >= 6 * (1 + len(killed)) and len(killed) < 2 and seen:
+            (pid, *_) = sorted(filter(None, seen))
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+
+    with RayBackend("local", 2, build_evaluator=Bowl, build_search=DigestSearch) as backend:
+        search, pool = backend.start(BowlConfig(seconds=0.1), ARRAYS, 4)
+        drive(search, pool, store, num_evaluations=32, on_progress=kill_one)
+    assert len(killed) == 2
+    recorded = list(store.read())
+    assert [ask for ask, _ in recorded] == local_asks(8, 4)
+    kinds = {outcome.kind for _, outcome in recorded if isinstance(outcome, FailedEvaluation)}
+    assert kinds <= {"RuntimeError"}, "a strategy that was there by chance is not blamed"
+
+
+def test_a_strategy_that_kills_its_replica_once_is_evaluated(
+    store: EvaluationStore, tmp_path: Path
+) -> None:
+    victim = local_asks(1, 4)[2].strategy.key
+    config = BowlConfig(die_at=victim, once_file=str(tmp_path / "died"))
+    with RayBackend("local", 2, build_evaluator=Bowl, build_search=DigestSearch) as backend:
+        search, pool = backend.start(config, ARRAYS, 4)
+        drive(search, pool, store, num_evaluations=12, on_progress=ignore)
+    assert (tmp_path / "died").exists()
+    outcomes = {ask.strategy.key: outcome for ask, outcome in store.read()}
+    assert len(outcomes) == 12
+    assert getattr(outcomes[victim], "kind", None) != "ReplicaDied"
+
+
+def test_a_strategy_that_kills_every_replica_is_a_recorded_failure(store: EvaluationStore) -> None:
+    victim = local_asks(1, 4)[1].strategy.key
+    with RayBackend("local", 2, build_evaluator=Bowl, build_search=DigestSearch) as backend:
+        search, pool = backend.start(BowlConfig(die_at=victim), ARRAYS, 4)
+        drive(search, pool, store, num_evaluations=12, on_progress=ignore)
+    outcomes = {ask.strategy.key: outcome for ask, outcome in store.read()}
+    assert len(outcomes) == 12
+    assert outcomes.pop(victim) == FailedEvaluation(
+        strategy_key=victim, kind="ReplicaDied", message="3 replicas died while evaluating it"
+    )
+    assert "ReplicaDied" not in {getattr(outcome, "kind", None) for outcome in outcomes.values()}
+
+
+def test_a_learner_that_dies_goes_on_as_if_it_had_not(
+    store: EvaluationStore, tmp_path: Path
+) -> None:
+    with RayBackend("local", 1, build_evaluator=Bowl, build_search=DyingSearch) as backend:
+        search, pool = backend.start(BowlConfig(), ARRAYS, (4, str(tmp_path / "died")))
+        drive(search, pool, store, num_evaluations=24, on_progress=ignore)
+    assert (tmp_path / "died").exists()
+    assert store.asks() == local_asks(6, 4)

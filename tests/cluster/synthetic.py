@@ -1,0 +1,134 @@
+"""A search and an evaluator small enough to know by heart, for tests of what carries them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicuco.errors import ModelError
+from unicuco.types import Ask, Evaluation, Outcome, Strategy
+
+ARRAYS = {"target": np.array([0.3, 0.7]), "ballast": np.ones(2**18, dtype=np.float32)}
+
+
+@dataclass(frozen=True)
+class BowlConfig:
+    """``die_at`` kills the process of whoever evaluates a strategy whose key begins so."""
+
+    seconds: float = 0.0
+    die_at: str = "none"
+    once_file: str = ""
+    refuse: str = ""
+
+
+class Bowl:
+    """The KL of a strategy is its squared distance from the array "target"."""
+
+    def __init__(self, config: BowlConfig, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        if config.refuse == "model":
+            raise ModelError("the model is none")
+        if config.refuse:
+            raise ValueError(f"two\nlines of {config.refuse}")
+        self._config = config
+        self._arrays = arrays
+
+    def evaluate(
+        self, strategy: Strategy, *, tokens: int | None = None, derivatives: bool = False
+    ) -> Evaluation:
+        started = time.perf_counter()
+        if strategy.key.startswith(self._config.die_at):
+            self._die()
+        while time.perf_counter() - started < self._config.seconds:  # busy, as a model is
+            pass
+        point = np.array(strategy.values)
+        if 0.4 < point[0] < 0.5:
+            raise RuntimeError("no memory\nleft")
+        return Evaluation(
+            strategy_key=strategy.key,
+            kl=float(((point - self._arrays["target"]) ** 2).sum()),
+            kept_fraction=float(1 - point.mean()),
+            gradient=tuple(2 * (point - self._arrays["target"])) if derivatives else None,
+            tokens=64,
+            text_digest=describe(self._arrays["ballast"]),
+            cost_units=3.0 if derivatives else 1.0,
+            wall_s=time.perf_counter() - started,
+        )
+
+    def _die(self) -> None:
+        once = self._config.once_file
+        if once and os.path.exists(once):
+            return
+        if once:
+            open(once, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def describe(array: NDArray[np.generic]) -> str:
+    """Say whether an array is read-only, and what settings its process has."""
+    writeable = "writeable" if array.flags.writeable else "read-only"
+    return f"{writeable} threads={os.environ.get('OMP_NUM_THREADS')} pid={os.getpid()}"
+
+
+class DigestSearch:
+    """Asks strategies drawn from a digest of all results that its round may know."""
+
+    def __init__(self, round_size: int) -> None:
+        self.round_size = round_size
+        self._told: list[list[tuple[Ask, Outcome]]] = []
+
+    def ask(self, round: int) -> list[Ask]:
+        known = [
+            [getattr(outcome, "kl", None) for _, outcome in results]
+            for results in self._told[: max(0, round - 1)]
+        ]
+        assert len(known) == max(0, round - 1)
+        digests = [
+            hashlib.sha256(f"{round} {position} {known}".encode()).digest()
+            for position in range(self.round_size)
+        ]
+        return [make_ask(digest, round, position) for position, digest in enumerate(digests)]
+
+    def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
+        assert round == len(self._told)
+        self._told.append(list(results))
+
+
+class DyingSearch(DigestSearch):
+    """A search whose process dies while it is asked round 3, unless ``once_file`` is there."""
+
+    def __init__(self, config: tuple[int, str]) -> None:
+        super().__init__(config[0])
+        self._once_file = config[1]
+
+    def ask(self, round: int) -> list[Ask]:
+        if round == 3 and not os.path.exists(self._once_file):
+            open(self._once_file, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().ask(round)
+
+
+class BreakingSearch(DigestSearch):
+    """A search that fails in round 2, as ``error`` says."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(4)
+        self._error = error
+
+    def ask(self, round: int) -> list[Ask]:
+        if round == 2:
+            raise self._error
+        return super().ask(round)
+
+
+def make_ask(digest: bytes, round: int = 0, position: int = 0) -> Ask:
+    """Return the ask of two axes that a digest stands for."""
+    values = (int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:8]) / 2**32)
+    strategy = Strategy(settings=(("sparsity/0", values[0]), ("sparsity/1", values[1])))
+    return Ask(round=round, position=position, strategy=strategy, derivatives=position == 0)

@@ -1,0 +1,65 @@
+"""What every test shares: a quiet, offline process, one tiny random model and one run of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported: spinning OpenMP threads of several processes on few cores stand in each
+# other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+# Busy machines are slow, and a failure must come back: no deadline, no chance.
+settings.register_profile("unicuco", deadline=None, derandomize=True)
+settings.load_profile("unicuco")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama as a Hugging Face folder: 2 blocks, 14 sites. Read it, never write into it."""
+    from unicuco.testing import tiny_model_folder
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return tiny_model_folder(folder, "llama", tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tiny_llama: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run learned of the tiny model in this process. Read it, never write into it."""
+    from unicuco.pipeline import LearnOptions, LocalBackend, learn
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = LearnOptions(
+        model=str(tiny_llama), out=folder, calibration=tiny_text_file, tokens=512, evaluations=6
+    )
+    learn(options, backend=LocalBackend(), progress=lambda step: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain UTF-8 text of about 20,000 bytes."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    lines = (f"def add_{n}(left, right): return left + right * {n * n % 97}\n" for n in range(400))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One Ray for all tests of a session, started as the command line starts it."""
+    from cluster.local_ray import local_ray
+
+    with local_ray(array_bytes=64 * 2**20):
+        yield

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from unicuco.dimensions import DIMENSIONS, Granularity, ProductCost, build_cost, build_space
+from unicuco.dimensions.depth import Depth
+from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY, Sparsity
+from unicuco.errors import RequestError
+from unicuco.models import block_module, read_site
+from unicuco.testing.dimension import DimensionContract
+from unicuco.testing.profiles import make_profile
+from unicuco.testing.tiny import FAMILIES, build_tiny
+
+PROFILE = make_profile([[(40, 60), (80, 30)], [(50, 50), (20, 90)], [(60, 60)]])
+
+
+class TestSparsity(DimensionContract):
+    dimension = Sparsity()
+
+
+class TestDepth(DimensionContract):
+    dimension = Depth()
+
+
+def test_every_dimension_has_a_contract_test() -> None:
+    tested = {TestSparsity.dimension.name, TestDepth.dimension.name}
+    assert set(DIMENSIONS) == tested
+    assert all(name == dimension.name for name, dimension in DIMENSIONS.items())
+
+
+# --- sparsity -----------------------------------------------------------------------------------
+
+
+def test_layer_granularity_counts_the_weights_of_each_site() -> None:
+    axes = Sparsity().axes(PROFILE, Granularity.LAYER)
+    assert [axis.name for axis in axes] == [f"sparsity/{site.path}" for site in PROFILE.sites]
+    assert [axis.num_steps for axis in axes] == [2400, 2400, 2500, 1800, 3600]
+    assert {(axis.low, axis.high) for axis in axes} == {(0.0, MAX_SITE_SPARSITY)}
+    values = [k / axis.num_steps for k, axis in zip((1, 2, 3, 1700, 0), axes, strict=True)]
+    drops = Sparsity().site_drops(PROFILE, values, Granularity.LAYER)
+    assert list(drops.values()) == [1, 2, 3, 1700, 0]
+
+
+@given(st.data())
+def test_block_granularity_splits_a_block_exactly_and_in_proportion(data: st.DataObject) -> None:
+    shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+    blocks = data.draw(st.lists(st.lists(shapes, min_size=1, max_size=5), min_size=1, max_size=3))
+    profile = make_profile(blocks)
+    axes = Sparsity().axes(profile, Granularity.BLOCK)
+    counts = [data.draw(st.integers(0, axis.num_steps)) for axis in axes]
+    values = [count / axis.num_steps for count, axis in zip(counts, axes, strict=True)]
+    drops = Sparsity().site_drops(profile, values, Granularity.BLOCK)
+    for block, (count, axis) in enumerate(zip(counts, axes, strict=True)):
+        sites = [site for site in profile.sites if site.block == block]
+        assert sum(drops[site.path] for site in sites) == count
+        for site in sites:
+            assert abs(drops[site.path] - count * site.num_weights / axis.num_steps) < 1
+            assert 0 <= drops[site.path] <= site.num_weights
+
+
+def test_a_larger_block_setting_drops_no_fewer_weights_than_one_less_of_any_site() -> None:
+    # Largest remainders may move single weights between sites as the block's count grows.
+    axis = Sparsity().axes(PROFILE, Granularity.BLOCK)[0]
+    before = [0, 0]
+    for count in range(0, axis.max_step, 7):
+        drops = Sparsity().site_drops(PROFILE, [count / axis.num_steps, 0, 0], Granularity.BLOCK)
+        now = [drops[site.path] for site in PROFILE.sites[:2]]
+        assert all(new >= old - 1 for new, old in zip(now, before, strict=True))
+        before = now
+
+
+# --- depth --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("removed", [(0,), (1,), (0, 1)])
+def test_a_removed_block_is_skipped_exactly(family: str, removed: tuple[int, ...]) -> None:
+    model, profile = build_tiny(family)
+    ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(1))
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def watch(block: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            result = output[0] if isinstance(output, tuple) else output
+            seen[block] = (given.clone(), result.clone())
+
+        return hook
+
+    Depth().apply(model, profile, [float(block in removed) for block in range(2)])
+    for block in range(2):  # after the dimension's own hooks: what the next module gets
+        module = block_module(model, profile, block)
+        module.register_forward_hook(watch(block), with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for block, (given_, result) in seen.items():
+        assert torch.equal(given_, result) == (block in removed)
+
+
+def test_the_model_without_a_block_is_the_model_built_without_it() -> None:
+    model, profile = build_tiny("llama")
+    ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(2))
+    Depth().apply(model, profile, [1.0, 0.0])
+    with torch.no_grad():
+        skipped = model(input_ids=ids, use_cache=False).logits
+    Depth().apply(model, profile, [0.0, 0.0])
+    inner = model.get_submodule("model")
+    inner.layers = nn.ModuleList([inner.get_submodule("layers.1")])
+    model.config.num_hidden_layers = 1
+    with torch.no_grad():
+        assert torch.equal(skipped, model(input_ids=ids, use_cache=False).logits)
+
+
+def test_a_removed_block_takes_everything_in_it_out_of_the_count() -> None:
+    cost = build_cost(PROFILE, ("depth",), Granularity.LAYER)
+    values = [0.0, 1.0, 0.0]
+    assert cost.kept_params(values) == PROFILE.total_params - PROFILE.block_params[1]
+    assert cost.num_bytes(values) == PROFILE.total_bytes - PROFILE.block_bytes[1]
+    drops = cost.site_drops(values)
+    assert [drops[site.path] for site in PROFILE.sites] == [0, 0, 2500, 1800, 0]
+
+
+# --- several together ---------------------------------------------------------------------------
+
+
+def test_dimensions_meet_as_a_product() -> None:
+    cost = build_cost(PROFILE, ("depth", "sparsity"), Granularity.LAYER)
+    assert [part.name for part in cost.dimensions] == ["sparsity", "depth"]
+    sparsity = [0.5, 0.25, 0.5, 0.5, 0.0]
+    both = [*sparsity, 0.0, 1.0, 0.0]
+    assert cost.kept_params(both) == PROFILE.total_params - PROFILE.block_params[1] - 1200 - 600
+    relaxed = cost.kept(torch.tensor([both], dtype=torch.float64))
+    assert float(relaxed[0]) == cost.kept_params(both)
+    half = cost.kept(torch.tensor([[*sparsity, 0.0, 0.5, 0.0]], dtype=torch.float64))
+    block = PROFILE.block_params[1] - 1250 - 900  # what is left of it
+    assert float(half[0]) == pytest.approx(cost.kept_params([*sparsity, 0, 0, 0]) - block / 2)
+
+
+@pytest.mark.parametrize("dimensions", [(), ("sparsity", "sparsity"), ("sparcity",)])
+def test_dimensions_are_known_and_different(dimensions: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError, match="different names out of sparsity, depth; got"):
+        build_space(PROFILE, dimensions)
+
+
+def test_dimensions_are_applied_after_those_they_must_follow() -> None:
+    order: list[str] = []
+
+    class Noted(Sparsity):
+        def __init__(self, name: str, must_follow: frozenset[str]) -> None:
+            self.name, self.must_follow = name, must_follow
+
+        def apply(self, model: nn.Module, profile: Any, values: Any) -> None:
+            order.append(self.name)
+
+    parts = [Noted("a", frozenset({"b", "absent"})), Noted("b", frozenset({"c"}))]
+    parts.append(Noted("c", frozenset()))
+    cost = ProductCost(PROFILE, parts, Granularity.LAYER)
+    cost.apply(nn.Identity(), [0.0] * 15)
+    assert order == ["c", "b", "a"]
+
+
+def test_masks_are_not_the_dimension_s_business_on_a_live_model() -> None:
+    model, profile = build_tiny("llama")
+    before = [read_site(model, site).clone() for site in profile.sites]
+    Sparsity().apply(model, profile, [0.5] * len(profile.sites))
+    after = [read_site(model, site) for site in profile.sites]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from linear_operator.utils.errors import NotPSDError
+from torch import Tensor
+
+from unicuco.allocate import AxisCurves
+from unicuco.errors import SurrogateError
+from unicuco.surrogate import EPSILON, GaussianProcess, Observations, SurrogateOptions
+from unicuco.surrogate.gp import _Process
+
+D = 5
+WEIGHTS = torch.tensor([0.3, 1.0, 0.1, 0.6, 0.2], dtype=torch.float64)
+
+
+def curves() -> AxisCurves:
+    knots = torch.linspace(0, 1, 257, dtype=torch.float64)
+    return AxisCurves(WEIGHTS[:, None] * knots.square())
+
+
+def truth(points: Tensor) -> Tensor:
+    """KL in nats: a sum of what axes cost, and a product of two of them."""
+    alone = (WEIGHTS * points.square() * (1 + 0.5 * points)).sum(-1)
+    return alone * (1 + points[..., 0] * points[..., 1])
+
+
+def observe(n: int, seed: int, *, derivatives: bool) -> Observations:
+    generator = torch.Generator().manual_seed(seed)
+    points = 0.1 + 0.8 * torch.rand(n, D, generator=generator, dtype=torch.float64)
+    leaf = points.clone().requires_grad_(True)
+    kl = truth(leaf)
+    (gradient,) = torch.autograd.grad(kl.sum(), leaf)
+    gradients = [tuple(row) if derivatives else None for row in gradient.tolist()]
+    return Observations.from_measurements(
+        points, kl.detach(), gradients, torch.ones(D, dtype=torch.float64)
+    )
+
+
+def make(*, use_curves: bool, directions: int, steps: int = 30) -> GaussianProcess:
+    options = SurrogateOptions(curves=use_curves, directions=directions, steps=steps)
+    return GaussianProcess(options, curves() if use_curves else None)
+
+
+MODES = {
+    "values": lambda: make(use_curves=False, directions=0),
+    "values on curves": lambda: make(use_curves=True, directions=0),
+    "derivatives": lambda: make(use_curves=False, directions=4),
+    "derivatives on curves": lambda: make(use_curves=True, directions=4),
+}
+modes = pytest.mark.parametrize("build", list(MODES.values()), ids=list(MODES))
+Build = Callable[[], GaussianProcess]
+
+
+def fitted(build: Build, n: int = 14) -> GaussianProcess:
+    surrogate = build()
+    surrogate.fit(observe(n, 1, derivatives=surrogate.options.directions > 0))
+    return surrogate
+
+
+def fresh_points(n: int = 60) -> Tensor:
+    generator = torch.Generator().manual_seed(99)
+    return 0.15 + 0.7 * torch.rand(n, D, generator=generator, dtype=torch.float64)
+
+
+def error(surrogate: GaussianProcess) -> float:
+    points = fresh_points()
+    mean, _ = surrogate.posterior(points)
+    return float((mean - (truth(points) + EPSILON).log()).square().mean().sqrt())
+
+
+@modes
+def test_it_interpolates_what_was_measured(build: Build) -> None:
+    surrogate = fitted(build)
+    observations = observe(14, 1, derivatives=False)
+    mean, std = surrogate.posterior(observations.points)
+    assert float((mean - observations.values).abs().max()) < 0.1
+    _, elsewhere = surrogate.posterior(torch.ones(1, D, dtype=torch.float64))
+    assert float(std.max()) < float(elsewhere)
+
+
+@modes
+def test_it_foretells_what_was_not_measured(build: Build) -> None:
+    spread = float((truth(fresh_points()) + EPSILON).log().std())
+    assert error(fitted(build)) < 0.5 * spread
+
+
+@modes
+def test_mean_and_deviation_have_the_gradients_of_central_differences(build: Build) -> None:
+    surrogate = fitted(build)
+    points = fresh_points(6)
+    knot = (points * 256 - (points * 256).round()).abs() / 256
+    assert float(knot.min()) > 1e-5, "curves are linear between knots: differences must not cross"
+    for part in (0, 1):
+        leaf = points.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(surrogate.posterior(leaf)[part].sum(), leaf)
+        numeric = torch.zeros_like(points)
+        for axis in range(D):
+            step = torch.zeros(D, dtype=torch.float64)
+            step[axis] = 1e-6
+            high, low = surrogate.posterior(points + step), surrogate.posterior(points - step)
+            numeric[:, axis] = (high[part] - low[part]) / 2e-6
+        relative = (gradient - numeric).norm(dim=1) / numeric.norm(dim=1)
+        assert float(relative.max()) < 1e-3
+
+
+def test_derivatives_and_curves_each_make_predictions_better() -> None:
+    errors = {name: error(fitted(build, n=8)) for name, build in MODES.items()}
+    assert errors["derivatives"] < errors["values"]
+    assert errors["derivatives on curves"] < errors["values on curves"] < errors["values"]
+
+
+def test_a_few_evaluations_may_lack_derivatives() -> None:
+    observations = observe(12, 2, derivatives=True)
+    observations.derivatives[::3] = float("nan")
+    surrogate = make(use_curves=True, directions=4)
+    surrogate.fit(observations)
+    mean, std = surrogate.posterior(fresh_points())
+    assert bool(torch.isfinite(mean).all() and torch.isfinite(std).all())
+    assert error(surrogate) < 0.2
+
+
+def test_values_alone_serve_a_surrogate_that_could_use_derivatives() -> None:
+    surrogate = make(use_curves=True, directions=4)
+    surrogate.fit(observe(12, 3, derivatives=False))
+    reference = make(use_curves=True, directions=0)
+    reference.fit(observe(12, 3, derivatives=False))
+    assert torch.equal(
+        surrogate.posterior(fresh_points())[0], reference.posterior(fresh_points())[0]
+    )
+
+
+def test_log_values_and_unit_derivatives_follow_the_chain_rule() -> None:
+    span = torch.tensor([0.5, 1.0, 0.98, 1.0, 0.2], dtype=torch.float64)
+    points = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5]], dtype=torch.float64)
+    gradient = (1.0, -2.0, 0.5, 0.0, 3.0)
+    found = Observations.from_measurements(points, torch.tensor([0.7]), [gradient], span)
+    kl = float(torch.tensor(0.7))
+    assert float(found.values[0]) == pytest.approx(math.log(kl + EPSILON))
+    expected = torch.tensor(gradient, dtype=torch.float64) * span / (kl + EPSILON)
+    torch.testing.assert_close(found.derivatives[0], expected)
+
+
+def test_duplicates_are_merged_to_the_mean_of_their_logs_and_keep_their_derivative() -> None:
+    base = torch.rand(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    points = base[[2, 0, 2, 1, 0]]
+    kl = torch.tensor([0.1, 0.2, 0.4, 0.3, 0.2], dtype=torch.float64)
+    gradients = [None, (1.0,) * D, (2.0,) * D, None, None]
+    found = Observations.from_measurements(points, kl, gradients, torch.ones(D).double())
+    assert torch.equal(found.points, base[[2, 0, 1]])
+    logs = (kl + EPSILON).log()
+    expected = torch.stack([(logs[0] + logs[2]) / 2, logs[1], logs[3]])
+    torch.testing.assert_close(found.values, expected)
+    assert found.measured.tolist() == [True, True, False]
+    torch.testing.assert_close(found.derivatives[0], torch.full((D,), 2 / 0.4001).double())
+
+
+def test_many_duplicates_fit_as_well_as_one() -> None:
+    one = observe(6, 4, derivatives=True)
+    raw = one.derivatives * (truth(one.points) + EPSILON)[:, None]
+    many = Observations.from_measurements(
+        one.points.repeat(5, 1),
+        truth(one.points).repeat(5),
+        [tuple(row) for row in raw.repeat(5, 1).tolist()],
+        torch.ones(D, dtype=torch.float64),
+    )
+    assert torch.equal(many.points, one.points)
+    surrogates = [make(use_curves=True, directions=4) for _ in range(2)]
+    for surrogate, observations in zip(surrogates, (one, many), strict=True):
+        surrogate.fit(observations)
+    means = [surrogate.posterior(fresh_points())[0] for surrogate in surrogates]
+    torch.testing.assert_close(means[0], means[1], rtol=1e-6, atol=1e-6)
+
+
+@modes
+def test_nearly_equal_points_and_a_constant_function_still_fit(build: Build) -> None:
+    points = torch.full((6, D), 0.5, dtype=torch.float64)
+    points += 1e-10 * torch.arange(6, dtype=torch.float64)[:, None]
+    derivatives = torch.zeros(6, D, dtype=torch.float64)
+    values = torch.full((6,), -1.0, dtype=torch.float64)
+    surrogate = build()
+    surrogate.fit(Observations(points=points, values=values, derivatives=derivatives))
+    mean, std = surrogate.posterior(points)
+    assert bool(torch.isfinite(std).all())
+    assert float((mean + 1.0).abs().max()) < 0.1
+
+
+@modes
+def test_a_restored_surrogate_predicts_to_the_bit(build: Build) -> None:
+    surrogate = fitted(build)
+    state = surrogate.state()
+    restored = GaussianProcess.restore(surrogate.options, state)
+    for found, expected in zip(
+        restored.posterior(fresh_points()), surrogate.posterior(fresh_points()), strict=True
+    ):
+        assert torch.equal(found, expected)
+    again = restored.state()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+@modes
+def test_fitting_twice_gives_the_same_to_the_bit(build: Build) -> None:
+    one, other = fitted(build), fitted(build)
+    assert torch.equal(one.posterior(fresh_points())[0], other.posterior(fresh_points())[0])
+
+
+def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = _Process.fit
+
+    def fail(self: _Process, steps: int) -> None:
+        if steps:
+            raise NotPSDError("not positive definite")
+        real(self, steps)
+
+    monkeypatch.setattr(_Process, "fit", fail)
+    with caplog.at_level(logging.WARNING):
+        surrogate = fitted(MODES["derivatives on curves"])
+    assert "not positive definite" in caplog.text
+    assert error(surrogate) < 0.3
+
+
+def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: _Process, steps: int) -> None:
+        raise NotPSDError("not positive definite")
+
+    monkeypatch.setattr(_Process, "fit", fail)
+    with pytest.raises(SurrogateError, match="even at its prior"):
+        fitted(MODES["values"])
+
+
+def test_hyperparameters_that_are_not_finite_count_as_a_failed_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = _Process.fit
+
+    def spoil(self: _Process, steps: int) -> None:
+        real(self, steps)
+        if steps:
+            self.covar_module.raw_outputscale.fill_(float("nan"))
+
+    monkeypatch.setattr(_Process, "fit", spoil)
+    with caplog.at_level(logging.WARNING):
+        surrogate = fitted(MODES["values"])
+    assert "surrogate fit" in caplog.text
+    assert bool(torch.isfinite(surrogate.posterior(fresh_points())[0]).all())
+
+
+def test_too_few_evaluations_are_an_error() -> None:
+    surrogate = make(use_curves=True, directions=4)
+    with pytest.raises(SurrogateError, match="at least two different"):
+        surrogate.fit(observe(1, 1, derivatives=True))
+    same = torch.full((3, D), 0.5, dtype=torch.float64)
+    twins = Observations.from_measurements(same, torch.ones(3), [None] * 3, torch.ones(D).double())
+    with pytest.raises(SurrogateError, match="at least two different"):
+        surrogate.fit(twins)
+    surrogate.fit(observe(2, 1, derivatives=True))
+    assert surrogate.posterior(fresh_points())[0].shape == (60,)
+
+
+def test_no_evaluation_at_all_is_an_error() -> None:
+    nothing = Observations.from_measurements(
+        torch.zeros(0, D, dtype=torch.float64), torch.zeros(0), [], torch.ones(D).double()
+    )
+    with pytest.raises(SurrogateError, match="at least two different"):
+        make(use_curves=False, directions=0).fit(nothing)
+
+
+def test_nothing_is_asked_before_the_fit() -> None:
+    surrogate = make(use_curves=False, directions=0)
+    with pytest.raises(SurrogateError, match="not been fitted"):
+        surrogate.posterior(fresh_points())
+    with pytest.raises(SurrogateError, match="not been fitted"):
+        surrogate.state()
+    with pytest.raises(ValueError, match="curves"):
+        GaussianProcess(SurrogateOptions(curves=True))

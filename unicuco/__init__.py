@@ -1,0 +1,1 @@
+"""UniCuCo: learn once how a language model compresses, then answer any compression request."""

@@ -1,0 +1,22 @@
+"""Allocators: a size request -> a strategy, without evaluating anything.
+
+Add one: write ``allocate/x.py`` with a class that implements `Allocator`, and add one line to
+`ALLOCATORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from unicuco.allocate.base import AllocationContext, Allocator
+from unicuco.allocate.curves import AxisCurves
+from unicuco.allocate.fisher import Fisher
+from unicuco.allocate.uniform import Uniform
+
+ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
+    "uniform": Uniform,
+    "fisher": Fisher,
+}
+
+__all__ = ["ALLOCATORS", "AllocationContext", "Allocator", "AxisCurves", "Fisher", "Uniform"]

@@ -1,0 +1,67 @@
+"""``unicuco compress``: the one call, from a model and a request to a checked variant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unicuco.cli.backend import AddressOption, ReplicasOption, check_address, open_backend
+from unicuco.cli.plan_table import plan_table
+from unicuco.cli.progress import ProgressDisplay
+from unicuco.cli.prune import VariantOutOption
+from unicuco.cli.request_options import (
+    MaxBytesOption,
+    MaxKlOption,
+    MaxParamsOption,
+    PreferenceOption,
+    ServedAsOption,
+    SparsityOption,
+    read_request,
+)
+from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
+
+
+def compress(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="reference, a Hugging Face folder, or a hub id.")],
+    out: VariantOutOption,
+    sparsity: SparsityOption = None,
+    max_params: MaxParamsOption = None,
+    max_bytes: MaxBytesOption = None,
+    max_kl: MaxKlOption = None,
+    preference: PreferenceOption = None,
+    served_as: ServedAsOption = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="The run to use; it is learned first when there is none."),
+    ] = None,
+    address: AddressOption = "local",
+    replicas: ReplicasOption = 1,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Learn a run if there is none, then cut, check and report the variant."""
+    with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
+        request = read_request(
+            sparsity=sparsity,
+            max_params=max_params,
+            max_bytes=max_bytes,
+            max_kl=max_kl,
+            preference=preference,
+            served_as=served_as,
+        )
+        check_address(address, replicas=replicas)
+        from unicuco.pipeline import compress as compress_model
+
+        with ProgressDisplay() as progress:
+            report = compress_model(
+                model,
+                request,
+                out,
+                run=run,
+                backend_factory=lambda: open_backend(address, replicas=replicas),
+                progress=progress,
+            )
+        terminal.show(report.to_dict(), plan_table([request], [report.plan]))

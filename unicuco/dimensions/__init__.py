@@ -1,0 +1,55 @@
+"""Compression dimensions: each declares its axes, what they cost and how they are applied.
+
+Add one: write ``dimensions/x.py`` with a class that implements `Dimension`, and add one line to
+`DIMENSIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from unicuco.dimensions.base import Dimension, Granularity, ProductCost
+from unicuco.dimensions.depth import Depth
+from unicuco.dimensions.sparsity import Sparsity
+from unicuco.errors import RequestError
+from unicuco.space import StrategySpace
+from unicuco.types import ModelProfile
+
+DIMENSIONS: Final[dict[str, Dimension]] = {"sparsity": Sparsity(), "depth": Depth()}
+
+
+def build_space(
+    profile: ModelProfile,
+    dimensions: Sequence[str] = ("sparsity",),
+    granularity: Granularity = Granularity.LAYER,
+) -> StrategySpace:
+    """Make the strategy space of some dimensions together.
+
+    Raises:
+        RequestError: an unknown or repeated dimension, or none.
+    """
+    cost = build_cost(profile, dimensions, granularity)
+    axes = [axis for part in cost.dimensions for axis in part.axes(profile, granularity)]
+    return StrategySpace(axes, cost)
+
+
+def build_cost(
+    profile: ModelProfile, dimensions: Sequence[str], granularity: Granularity
+) -> ProductCost:
+    """Make the cost model of some dimensions together, which also applies them to a model.
+
+    Raises:
+        RequestError: an unknown or repeated dimension, or none.
+    """
+    unknown = [name for name in dimensions if name not in DIMENSIONS]
+    if unknown or not dimensions or len(set(dimensions)) != len(dimensions):
+        raise RequestError(
+            f"dimensions must be different names out of {', '.join(DIMENSIONS)}; "
+            f"got {', '.join(dimensions) or 'none'}"
+        )
+    parts = [DIMENSIONS[name] for name in DIMENSIONS if name in dimensions]
+    return ProductCost(profile, parts, granularity)
+
+
+__all__ = ["DIMENSIONS", "Dimension", "Granularity", "ProductCost", "build_cost", "build_space"]

@@ -1,0 +1,78 @@
+"""How many bytes a model's tensors take in its files, whatever type they were loaded as.
+
+What it does not know: shapes and sites; the parameters are counted where the model was profiled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from unicuco.types import ModelProfile
+
+_ITEM_BYTES: Final = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+
+def with_stored_bytes(
+    profile: ModelProfile, model: nn.Module, files: Sequence[Path]
+) -> ModelProfile:
+    """Return the profile with bytes as the files store them, tied tensors once.
+
+    Args:
+        profile: of ``model``, its bytes counted in memory.
+        model: as loaded, in any type.
+        files: the safetensors files that it was loaded from.
+    """
+    types = _stored_types(files)
+    blocks = [0] * profile.num_blocks
+    total = 0
+    for name, parameter in model.named_parameters():  # tied ones once
+        num_bytes = parameter.numel() * _item_bytes(name, parameter, types)
+        total += num_bytes
+        for block, path in enumerate(profile.block_paths):
+            if name.startswith(f"{path}."):
+                blocks[block] += num_bytes
+    return replace(profile, total_bytes=total, block_bytes=tuple(blocks))
+
+
+def _stored_types(files: Sequence[Path]) -> dict[str, str]:
+    types: dict[str, str] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            types |= {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+    return types
+
+
+def _item_bytes(name: str, parameter: torch.Tensor, types: Mapping[str, str]) -> int:
+    """Return the bytes of one stored weight of a parameter.
+
+    Names in files and in memory may differ in front; where the tail does not settle it, the type
+    that most tensors have does.
+    """
+    found = {types[name]} if name in types else _by_tail(name, types)
+    kind = found.pop() if len(found) == 1 else Counter(types.values()).most_common(1)[0][0]
+    return _ITEM_BYTES.get(kind, parameter.element_size())
+
+
+def _by_tail(name: str, types: Mapping[str, str]) -> set[str]:
+    parts = name.split(".")
+    for first in range(1, len(parts)):
+        tail = ".".join(parts[first:])
+        found = {kind for stored, kind in types.items() if f".{stored}".endswith(f".{tail}")}
+        if found:
+            return found
+    return set()

@@ -1,0 +1,118 @@
+"""What a folder's model is worth on text nothing learned from: perplexity, KL, sparsity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from unicuco.errors import ModelError
+from unicuco.export.document import DOCUMENT_NAME, read_variant
+from unicuco.models import LoadedModel, load_model, load_tokenizer, read_site
+from unicuco.objectives import DenseReference
+from unicuco.pipeline.options import ProgressSink
+from unicuco.pipeline.texts import test_windows, window_length
+from unicuco.search.drive import Progress
+
+DEFAULT_TOKENS: Final = (
+    32_768  # half a minute for the reference model on two cores; a quarter of its test text
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """Measured on ``tokens`` tokens in windows of ``context``.
+
+    ``kl`` is KL(dense‖variant) in nats per token, or none; ``sparsity`` is over the sites.
+    """
+
+    perplexity: float
+    kl: float | None
+    sparsity: float
+    tokens: int
+    context: int
+
+
+def evaluate_variant(
+    folder: Path | str,
+    *,
+    reference: str | None = None,
+    text: Path | None = None,
+    tokens: int | None = None,
+    progress: ProgressSink = lambda step: None,
+) -> EvaluationReport:
+    """Measure a variant, or any model.
+
+    Args:
+        folder: a variant or model folder, or any name `resolve_model` takes.
+        reference: the dense model to measure KL against; none: no KL.
+        text: UTF-8 text; none: the reference corpus' test text.
+        tokens: at most so many, evenly spread over the text; none: 32,768, or all of a shorter
+            text.
+        progress: told of every window, stage "measure".
+
+    Raises:
+        VariantError: a variant whose files are not those its ``strategy.json`` names.
+        ModelError: no usable model, or a reference with another vocabulary.
+        TextError: the text can't be read or is too short.
+    """
+    if (Path(folder) / DOCUMENT_NAME).is_file():
+        read_variant(Path(folder))
+    loaded = load_model(folder)
+    dense = None if reference is None else load_model(reference)
+    if dense is not None and dense.profile.vocabulary_size != loaded.profile.vocabulary_size:
+        raise ModelError(
+            f"{reference} has another vocabulary than {folder}: KL between them has no meaning"
+        )
+    context = window_length(loaded.profile.max_context, None)
+    tokenizer = load_tokenizer(loaded.folder)
+    windows = test_windows(tokenizer, text, tokens=None, context=context).ids
+    if windows.numel() > (tokens or DEFAULT_TOKENS):
+        windows = test_windows(
+            tokenizer, text, tokens=tokens or DEFAULT_TOKENS, context=context
+        ).ids
+    nll, kl = _run(loaded, dense, windows, progress)
+    return EvaluationReport(
+        perplexity=math.exp(nll),
+        kl=kl,
+        sparsity=realised_sparsity(loaded),
+        tokens=windows.numel(),
+        context=windows.shape[1],
+    )
+
+
+def realised_sparsity(loaded: LoadedModel) -> float:
+    """Return the share of site weights that are zero."""
+    sites = loaded.profile.sites
+    zeros = sum(int((read_site(loaded.model, site) == 0).sum()) for site in sites)
+    return zeros / loaded.profile.num_site_weights
+
+
+@torch.no_grad()
+def _run(
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    windows: torch.Tensor,
+    progress: ProgressSink,
+) -> tuple[float, float | None]:
+    """Return mean negative log likelihood of next tokens and mean KL of all positions, in nats."""
+    nll, kl, done = 0.0, 0.0, 0
+    for window in windows.split(2):
+        progress(Progress(stage="measure", done=done, total=len(windows)))
+        done += len(window)
+        logits = loaded.model(input_ids=window, use_cache=False).logits.float()
+        nll += float(
+            cross_entropy(logits[:, :-1].flatten(0, 1), window[:, 1:].flatten(), reduction="sum")
+        )
+        if dense is not None:
+            p = DenseReference.from_logits(
+                dense.model(input_ids=window, use_cache=False).logits.flatten(0, 1)
+            )
+            kl += float(p.kl(logits.flatten(0, 1)).double().sum())
+    progress(Progress(stage="measure", done=done, total=done))
+    predicted = windows.numel() - len(windows)
+    return nll / predicted, None if dense is None else max(0.0, kl / windows.numel())

@@ -1,0 +1,310 @@
+"""`learn`: from a model to a finished run folder, resumable at every moment.
+
+Prepare, drive the search over the backend, learn surrogate and StratNet from all evaluations,
+calibrate the intervals on the validation text, write the results, the manifest last. Everything
+measured is in the store before it counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from unicuco.allocate import ALLOCATORS, AllocationContext
+from unicuco.calibration import TokenSet
+from unicuco.errors import RunError, StorageError
+from unicuco.evaluate import LocalEvaluator
+from unicuco.pipeline.backend import Backend
+from unicuco.pipeline.files import file_digest, save_json, save_tensors
+from unicuco.pipeline.options import LearnOptions, ProgressSink
+from unicuco.pipeline.pictures import draw_front, draw_strategies
+from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.run import FORMAT, MANIFEST, Run, profile_document
+from unicuco.search import learn_network
+from unicuco.search.drive import Progress, drive
+from unicuco.store import EvaluationStore, Measurement
+from unicuco.stratnet import StratNet, StratNetAllocator
+from unicuco.surrogate import GaussianProcess, Intervals
+from unicuco.types import Evaluation, Strategy
+
+_DATABASE: Final = "evaluations.db"
+_FINAL_STEPS: Final = 400  # of StratNet's last training; rounds take fewer
+_VALIDATION_POINTS: Final = 12
+_RIVAL_SPARSITIES: Final = (0.5, 0.6, 0.7, 0.8)
+_VERSIONS: Final = ("unicuco", "torch", "transformers", "gpytorch")
+
+
+def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) -> Run:
+    """Learn a run, or continue one.
+
+    Args:
+        options: what to learn, and where to.
+        backend: where evaluations run; entered and left here.
+        progress: told of every stage.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RunError: the folder holds something else, an unfinished run without ``resume``, or one of
+            other options.
+        UnicucoError: model, text, storage or cluster refuse; what was measured stays in the store.
+    """
+    folder = options.out
+    with _opened(options) as store:
+        prepared = _prepared(options, store, progress)
+        _evaluate(options, prepared, store, backend, progress)
+        evaluations = [(ask.strategy, o) for ask, o in store.read() if isinstance(o, Evaluation)]
+        progress(Progress(stage="train", done=0, total=1, detail=f"{len(evaluations)} evaluations"))
+        config = replace(
+            prepared.search, training=replace(prepared.search.training, steps=_FINAL_STEPS)
+        )
+        surrogate, net = learn_network(config, evaluations, seed=options.seed)
+        progress(Progress(stage="train", done=1, total=1))
+        validation, intervals = _validate(prepared, surrogate, net, store, progress)
+        _write(options, prepared, store, surrogate, net, intervals, validation)
+    run = Run.open(folder)
+    draw_front(run, folder / "front.png")
+    draw_strategies(run, folder / "strategies.png")
+    return run
+
+
+@contextmanager
+def _opened(options: LearnOptions) -> Iterator[EvaluationStore]:
+    """Open the run's folder and store; a folder made for a run that never began goes again."""
+    made = not options.out.exists()
+    begun = False
+    _open_folder(options)
+    try:
+        with EvaluationStore.open(options.out / _DATABASE, create=True) as store:
+            store.acquire_lease("learn")
+            try:
+                yield store
+            finally:
+                begun = store.get_meta("prepared") is not None
+    except BaseException:
+        if made and not begun:
+            shutil.rmtree(options.out, ignore_errors=True)
+        raise
+
+
+def _open_folder(options: LearnOptions) -> None:
+    folder = options.out
+    if (folder / MANIFEST).exists() and not options.resume:
+        raise RunError(
+            f"{folder} already holds a run; add --resume to extend it, or choose another folder"
+        )
+    if (folder / _DATABASE).exists() and not options.resume:
+        raise RunError(
+            f"{folder} holds an unfinished run; add --resume to go on, or choose another folder"
+        )
+    if folder.exists() and not (folder / _DATABASE).exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no run; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} can't be made: {error.strerror or error}") from error
+
+
+def _prepared(options: LearnOptions, store: EvaluationStore, progress: ProgressSink) -> Prepared:
+    """Prepare, and refuse to continue a run of another model, text or options."""
+
+    def check(model_digest: str, data_digest: str) -> None:
+        identity = {"base_model": model_digest, "data": data_digest, **options.decisive()}
+        _check_identity(options, store, identity)
+
+    prepared = prepare(options, options.out, progress, check=check)
+    store.record_measurements(prepared.costs)
+    store.set_meta("prepared", True)
+    return prepared
+
+
+def _check_identity(
+    options: LearnOptions, store: EvaluationStore, identity: dict[str, object]
+) -> None:
+    recorded = store.get_meta("identity")
+    if recorded is None:
+        store.set_meta("identity", identity)
+    else:
+        differing = [name for name, value in identity.items() if recorded.get(name) != value]
+        if differing:
+            raise RunError(
+                f"{options.out} was begun with another {' and '.join(differing)}; "
+                "resume it with the same options, or choose another folder"
+            )
+
+
+def _evaluate(
+    options: LearnOptions,
+    prepared: Prepared,
+    store: EvaluationStore,
+    backend: Backend,
+    progress: ProgressSink,
+) -> None:
+    if sum(1 for _ in store.read()) >= options.num_evaluations:
+        return
+    started = time.perf_counter()
+    arrays = {**prepared.model_arrays(), **prepared.text_arrays(prepared.texts.search)}
+    _record_dense("search", prepared.texts.search, store, time.perf_counter() - started)
+    with backend:
+        search, pool = backend.start(prepared.evaluator, arrays, prepared.search)
+        drive(search, pool, store, num_evaluations=options.num_evaluations, on_progress=progress)
+
+
+def _record_dense(name: str, text: TokenSet, store: EvaluationStore, seconds: float) -> None:
+    store.record_measurements(
+        [
+            Measurement(
+                purpose=f"dense {name}",
+                tokens=text.num_tokens,
+                cost_units=1.0,
+                seconds=seconds,
+                text_digest=text.digest,
+                kl=0.0,
+            )
+        ]
+    )
+
+
+def _validate(
+    prepared: Prepared,
+    surrogate: GaussianProcess,
+    net: StratNet,
+    store: EvaluationStore,
+    progress: ProgressSink,
+) -> tuple[dict[str, list[tuple[float, float]]], Intervals]:
+    """Measure StratNet and one-shot rivals on validation text, and calibrate on the former."""
+    space = prepared.space
+    text = prepared.texts.validation
+    started = time.perf_counter()
+    config = replace(prepared.evaluator, text_digest=text.digest)
+    evaluator = LocalEvaluator(config, {**prepared.model_arrays(), **prepared.text_arrays(text)})
+    _record_dense("validation", text, store, time.perf_counter() - started)
+    low, high = prepared.search.sparsity_range
+    targets = torch.linspace(low + 0.1, high, _VALIDATION_POINTS, dtype=torch.float64).tolist()
+    asked: list[tuple[str, float, Strategy]] = [
+        ("stratnet", target, strategy)
+        for target, strategy in zip(
+            targets, StratNetAllocator(net, space).allocate(targets), strict=True
+        )
+    ]
+    context = AllocationContext(space=space, curves=prepared.search.axis_curves())
+    rivals = [sparsity for sparsity in _RIVAL_SPARSITIES if sparsity <= high]
+    for name in ("uniform", "fisher"):
+        strategies = ALLOCATORS[name](context).allocate(rivals)
+        asked += [
+            (name, sparsity, strategy)
+            for sparsity, strategy in zip(rivals, strategies, strict=True)
+        ]
+    windows = _measure(evaluator, asked, text.num_tokens, text.digest, store, progress)
+    curves: dict[str, list[tuple[float, float]]] = {"stratnet": [], "uniform": [], "fisher": []}
+    for (name, sparsity, _), kl in zip(asked, windows, strict=True):
+        curves[name].append((sparsity, float(kl.mean())))
+    own = [strategy for name, _, strategy in asked if name == "stratnet"]
+    with torch.no_grad():
+        mean, _ = surrogate.posterior(space.encode(own))
+    return curves, Intervals.calibrate(torch.stack(windows[: len(own)]), mean)
+
+
+def _measure(
+    evaluator: LocalEvaluator,
+    asked: Sequence[tuple[str, float, Strategy]],
+    tokens: int,
+    digest: str,
+    store: EvaluationStore,
+    progress: ProgressSink,
+) -> list[Tensor]:
+    windows: list[Tensor] = []
+    for number, (name, _, strategy) in enumerate(asked):
+        progress(Progress(stage="validate", done=number, total=len(asked)))
+        started = time.perf_counter()
+        windows.append(evaluator.window_kl(strategy))
+        store.record_measurements(
+            [
+                Measurement(
+                    purpose=f"validation {name}",
+                    strategy_key=strategy.key,
+                    kl=float(windows[-1].mean()),
+                    tokens=tokens,
+                    cost_units=1.0,
+                    seconds=time.perf_counter() - started,
+                    text_digest=digest,
+                )
+            ]
+        )
+    progress(Progress(stage="validate", done=len(asked), total=len(asked)))
+    return windows
+
+
+def _write(
+    options: LearnOptions,
+    prepared: Prepared,
+    store: EvaluationStore,
+    surrogate: GaussianProcess,
+    net: StratNet,
+    intervals: Intervals,
+    validation: dict[str, list[tuple[float, float]]],
+) -> None:
+    folder = options.out
+    (folder / MANIFEST).unlink(
+        missing_ok=True
+    )  # of the run that this one extends: its files are replaced now
+    save_tensors(folder / "stratnet.safetensors", net.state_dict())
+    save_tensors(folder / "surrogate.safetensors", surrogate.state())
+    outcomes = [outcome for _, outcome in store.read()]
+    ok = [outcome for outcome in outcomes if isinstance(outcome, Evaluation)]
+    units = sum(e.cost_units for e in ok) + sum(m.cost_units for m in store.measurements())
+    manifest = {
+        "format": FORMAT,
+        "base_model": {
+            "digest": prepared.loaded.profile.digest,
+            "path": options.model
+            if options.model == "reference"
+            else str(prepared.loaded.folder.resolve()),
+        },
+        "profile": profile_document(prepared.loaded.profile),
+        "data": {
+            "digest": prepared.texts.digest,
+            "calibration": prepared.texts.calibration.digest,
+            "search": prepared.texts.search.digest,
+            "validation": prepared.texts.validation.digest,
+        },
+        "versions": {name: version(name) for name in _VERSIONS},
+        "seed": options.seed,
+        "options": {
+            **options.decisive(),
+            "evaluations": options.num_evaluations,
+            "context": prepared.context,
+        },
+        "sparsity_range": list(prepared.search.sparsity_range),
+        "evaluations": len(outcomes),
+        "failed": len(outcomes) - len(ok),
+        "cost_units": units,
+        "intervals": {
+            "bias": intervals.bias,
+            "variance": intervals.variance,
+            "degrees": intervals.degrees,
+        },
+        "validation": validation,
+        "files": {
+            name: file_digest(folder / name)
+            for name in ("stratnet.safetensors", "surrogate.safetensors", "fisher.safetensors")
+        },
+    }
+    save_json(folder / MANIFEST, manifest)
+    run = Run.open(folder)
+    save_json(folder / "front.json", run.front_document())
+
+
+def default_run_folder(out: Path) -> Path:
+    """Return where ``compress`` keeps the run that it learns for a variant written to ``out``."""
+    return out.with_name(f"{out.name}.run")

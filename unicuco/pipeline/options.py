@@ -1,0 +1,111 @@
+"""What a user decides about learning, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from unicuco.dimensions import DIMENSIONS, Granularity
+from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY
+from unicuco.errors import RequestError
+from unicuco.importance import METRICS
+from unicuco.search import SEARCHES
+from unicuco.search.drive import Progress
+
+ProgressSink = Callable[[Progress], None]
+
+# What one run costs in all, at the default text sizes: 28 evaluations with derivatives at 3 units,
+# and 26 units of
+# preparation and validation, are 110; the published preset spends its 110 on values (PAPERS.md,
+# section 1b).
+DEFAULT_EVALUATIONS: Final = {"default": 28, "paper": 110}
+MIN_EVALUATIONS: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnOptions:
+    """Options of ``unicuco learn``; the same names in the cluster's YAML.
+
+    ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
+    are tokens per evaluation; ``context`` tokens per window (none: the model's own, at most 512);
+    ``max_sparsity`` the highest sparsity over sites that is learned.
+
+    Raises:
+        RequestError: an option outside its range, or an unknown name.
+    """
+
+    model: str
+    out: Path
+    pruner: str = "wanda"
+    granularity: str = "layer"
+    dimensions: tuple[str, ...] = ("sparsity",)
+    preset: str = "default"
+    evaluations: int | None = None
+    replicas: int = 1
+    shards: int = 1
+    calibration: Path | None = None
+    tokens: int = 3072
+    context: int | None = None
+    seed: int = 0
+    resume: bool = False
+    max_sparsity: float = 0.9
+
+    def __post_init__(self) -> None:
+        _one_of("pruner", self.pruner, METRICS)
+        _one_of("granularity", self.granularity, Granularity)
+        _one_of("preset", self.preset, SEARCHES)
+        for name in self.dimensions:
+            _one_of("dimensions", name, DIMENSIONS)
+        if self.dimensions != ("sparsity",):
+            raise RequestError(
+                "this version learns and cuts the dimension sparsity alone; "
+                "give --dimensions sparsity"
+            )
+        if self.shards != 1:
+            raise RequestError(
+                f"this version keeps a model on one node: shards must be 1, got {self.shards}"
+            )
+        _at_least("evaluations", self.num_evaluations, MIN_EVALUATIONS)
+        _at_least("replicas", self.replicas, 1)
+        _at_least("tokens", self.tokens, 2)
+        _at_least("context", 2 if self.context is None else self.context, 2)
+        _at_least("seed", self.seed, 0)
+        if not 0.1 < self.max_sparsity <= MAX_SITE_SPARSITY - 0.02:
+            raise RequestError(
+                f"max-sparsity must be in (0.1, {MAX_SITE_SPARSITY - 0.02:g}], "
+                f"got {self.max_sparsity:g}"
+            )
+
+    @property
+    def num_evaluations(self) -> int:
+        """Strategies to ask in all."""
+        return DEFAULT_EVALUATIONS[self.preset] if self.evaluations is None else self.evaluations
+
+    def decisive(self) -> dict[str, object]:
+        """Return what decides which strategies are asked and what they measure.
+
+        A resumed run must agree on it.
+        """
+        return {
+            "pruner": self.pruner,
+            "granularity": self.granularity,
+            "dimensions": list(self.dimensions),
+            "preset": self.preset,
+            "tokens": self.tokens,
+            "context": self.context,
+            "seed": self.seed,
+            "max_sparsity": self.max_sparsity,
+        }
+
+
+def _one_of(option: str, value: str, known: object) -> None:
+    names = [str(name) for name in known]  # type: ignore[attr-defined]  # dicts and enums alike
+    if value not in names:
+        raise RequestError(f"{option} must be one of {', '.join(names)}; got {value!r}")
+
+
+def _at_least(option: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise RequestError(f"{option} must be at least {bound}, got {value}")

@@ -1,0 +1,204 @@
+"""What learning needs before it can ask: the model, its texts, the drop order, Fisher curves.
+
+Ranks and Fisher sums are written to the run folder as soon as they are there, so a resumed run
+reads them back. Every pass over the model is counted in units (one forward pass over the search
+text).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from unicuco.allocate import AxisCurves
+from unicuco.calibration import TokenSet, collect_input_norms
+from unicuco.dimensions import Granularity, build_space
+from unicuco.evaluate import EvaluatorConfig, dense_reference
+from unicuco.evaluate.local import Arrays, pack_model, pack_text
+from unicuco.importance import METRICS
+from unicuco.importance.fisher import fisher_rank_sums
+from unicuco.models import LoadedModel, load_model, load_tokenizer
+from unicuco.pipeline.files import load_tensors, save_tensors
+from unicuco.pipeline.options import LearnOptions, ProgressSink
+from unicuco.pipeline.texts import LearningTexts, learning_texts, window_length
+from unicuco.ranks import RankStore, build_ranks
+from unicuco.search import SearchConfig
+from unicuco.search.drive import Progress
+from unicuco.space import StrategySpace
+from unicuco.store import Measurement
+
+T = TypeVar("T")
+
+MIN_SPARSITY: Final = (
+    0.05  # the lowest target that is learned; below it the answer for it is scaled down
+)
+_FISHER_UNITS: Final = 3.0  # a forward and a backward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A model ready to be learned."""
+
+    loaded: LoadedModel
+    texts: LearningTexts
+    ranks: RankStore
+    fisher: dict[str, Tensor]
+    evaluator: EvaluatorConfig
+    search: SearchConfig
+    context: int
+    costs: tuple[Measurement, ...]
+
+    @property
+    def space(self) -> StrategySpace:
+        """The strategy space."""
+        return self.search.space()
+
+    def model_arrays(self) -> Arrays:
+        """Return the model's arrays for evaluators."""
+        return pack_model(dict(_state(self.loaded)), self.ranks.ranks, self.fisher)
+
+    def text_arrays(self, text: TokenSet) -> Arrays:
+        """Return a text's arrays for evaluators; runs the dense model once over it."""
+        return pack_text(text.ids, dense_reference(self.loaded.model, text.ids))
+
+
+def prepare(
+    options: LearnOptions,
+    folder: Path,
+    progress: ProgressSink,
+    *,
+    check: Callable[[str, str], None] = lambda model_digest, data_digest: None,
+) -> Prepared:
+    """Load the model and texts, and build or read back ranks and Fisher sums.
+
+    Args:
+        options: of the run.
+        folder: the run folder, which exists.
+        progress: told of every stage.
+        check: given the digests of model and texts before anything is made or read back; raises
+            where the folder belongs to others.
+    """
+    progress(Progress(stage="load", done=0, total=1, detail=options.model))
+    loaded = load_model(options.model)
+    tokenizer = load_tokenizer(loaded.folder)
+    context = window_length(loaded.profile.max_context, options.context)
+    texts = learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
+    progress(Progress(stage="load", done=1, total=1))
+    check(loaded.profile.digest, texts.digest)
+    costs: list[Measurement] = []
+    ranks = _ranks(options, folder, loaded, texts, costs, progress)
+    fisher = _fisher(options, folder, loaded, texts, ranks, costs, progress)
+    granularity = Granularity(options.granularity)
+    space = build_space(loaded.profile, options.dimensions, granularity)
+    return Prepared(
+        loaded=loaded,
+        texts=texts,
+        ranks=ranks,
+        fisher=fisher,
+        context=context,
+        costs=tuple(costs),
+        evaluator=EvaluatorConfig(
+            model_config=loaded.model.config.to_json_string(),
+            profile=loaded.profile,
+            dimensions=options.dimensions,
+            granularity=granularity,
+            text_digest=texts.search.digest,
+        ),
+        search=SearchConfig(
+            preset=options.preset,
+            profile=loaded.profile,
+            dimensions=options.dimensions,
+            granularity=granularity,
+            curves=AxisCurves.from_fisher(space, loaded.profile, granularity, fisher).table,
+            sparsity_range=(MIN_SPARSITY, options.max_sparsity),
+            seed=options.seed,
+        ),
+    )
+
+
+def _ranks(
+    options: LearnOptions,
+    folder: Path,
+    loaded: LoadedModel,
+    texts: LearningTexts,
+    costs: list[Measurement],
+    progress: ProgressSink,
+) -> RankStore:
+    if options.resume and (folder / "ranks").is_dir():
+        return RankStore.load(folder / "ranks")
+    progress(Progress(stage="rank", done=0, total=1, detail=options.pruner))
+
+    def build() -> RankStore:
+        norms = collect_input_norms(loaded.model, loaded.profile, texts.calibration)
+        return build_ranks(loaded.model, loaded.profile, METRICS[options.pruner], norms)
+
+    ranks = _counted(build, "calibration", 1.0, texts, costs)
+    ranks.save(folder / "ranks")
+    progress(Progress(stage="rank", done=1, total=1))
+    return ranks
+
+
+def _fisher(
+    options: LearnOptions,
+    folder: Path,
+    loaded: LoadedModel,
+    texts: LearningTexts,
+    ranks: RankStore,
+    costs: list[Measurement],
+    progress: ProgressSink,
+) -> dict[str, Tensor]:
+    path = folder / "fisher.safetensors"
+    if options.resume and path.is_file():
+        return load_tensors(path)
+    progress(Progress(stage="fisher", done=0, total=1))
+
+    def build() -> dict[str, Tensor]:
+        return fisher_rank_sums(
+            loaded.model, loaded.profile, ranks.ranks, texts.calibration, seed=options.seed
+        )
+
+    sums = _counted(build, "fisher", _FISHER_UNITS, texts, costs)
+    save_tensors(path, sums)
+    progress(Progress(stage="fisher", done=1, total=1))
+    return sums
+
+
+def _counted(
+    work: Callable[[], T],
+    purpose: str,
+    units_per_pass: float,
+    texts: LearningTexts,
+    costs: list[Measurement],
+) -> T:
+    started = time.perf_counter()
+    result = work()
+    calibration = texts.calibration
+    costs.append(
+        Measurement(
+            purpose=purpose,
+            tokens=calibration.num_tokens,
+            cost_units=units_per_pass * calibration.num_tokens / texts.search.num_tokens,
+            seconds=time.perf_counter() - started,
+            text_digest=calibration.digest,
+        )
+    )
+    return result
+
+
+def _state(loaded: LoadedModel) -> dict[str, Tensor]:
+    # Parameters come without their tied twins; buffers that are saved (some families keep masks
+    # there) follow.
+    state = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
+    persistent = loaded.model.state_dict().keys()
+    buffers = {
+        n: b
+        for n, b in loaded.model.named_buffers()
+        if n in persistent and isinstance(b, torch.Tensor)
+    }
+    return state | buffers

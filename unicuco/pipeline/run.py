@@ -1,0 +1,187 @@
+"""`Run`: one learned StratNet with all it needs, opened from its folder.
+
+Opening checks the manifest and the files it names. Planning needs neither the base model nor the
+rank store; both are found, checked and loaded when the first variant is cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from unicuco.dimensions import Granularity, build_space
+from unicuco.errors import ModelError, RunError, UnicucoError
+from unicuco.models import model_digest, resolve_model
+from unicuco.pipeline.files import file_digest, load_json, load_tensors
+from unicuco.pipeline.planner import FrontPoint, Planner
+from unicuco.ranks import RankStore
+from unicuco.stratnet import NetKind, StratNet, StratNetAllocator
+from unicuco.surrogate import GaussianProcess, Intervals, SurrogateOptions
+from unicuco.types import ModelProfile, Plan, Request, Site
+
+MANIFEST: Final = "run.json"
+FORMAT: Final = 1
+_KINDS: Final = {"default": NetKind.SIZE, "paper": NetKind.PREFERENCE}
+
+
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it lies.
+        manifest: the contents of ``run.json``.
+        profile: of the base model.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], *, base: str | None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._base = base
+        try:
+            self.profile = _profile(manifest["profile"])
+            low, high = manifest["sparsity_range"]
+            self.sparsity_range = (float(low), float(high))
+            self.planner = self._planner()
+        except RunError:
+            raise
+        except (
+            UnicucoError, AttributeError, KeyError, TypeError, ValueError, RuntimeError
+        ) as error:  # fmt: skip
+            raise RunError(
+                f"{folder / MANIFEST} is damaged ({error!r}); learn the run again"
+            ) from error
+
+    @classmethod
+    def open(cls, folder: Path, *, base: str | None = None) -> Run:
+        """Open a run folder.
+
+        Args:
+            folder: of the run.
+            base: the base model, where it no longer lies where the run was learned.
+
+        Raises:
+            RunError: no run, an unfinished, altered or damaged one, or one of another format.
+        """
+        if not folder.is_dir():
+            raise RunError(
+                f"{folder} is no run folder; learn one with: unicuco learn MODEL --out {folder}"
+            )
+        if not (folder / MANIFEST).exists() and (folder / "evaluations.db").exists():
+            raise RunError(
+                f"{folder} holds an unfinished run; "
+                f"finish it with: unicuco learn MODEL --out {folder} --resume"
+            )
+        manifest = load_json(folder / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise RunError(
+                f"{folder} holds a run of format {manifest.get('format')}; "
+                f"this version reads {FORMAT}"
+            )
+        for name, digest in manifest.get("files", {}).items():
+            path = folder / name
+            if not path.is_file():
+                raise RunError(f"{folder} is damaged: {name} is missing; learn the run again")
+            if file_digest(path) != digest:
+                raise RunError(f"{path} was altered since the run was learned; learn the run again")
+        return cls(folder, manifest, base=base)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the manifest: what variants name their run by."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
+
+    @cached_property
+    def ranks(self) -> RankStore:
+        """The rank store, memory-mapped."""
+        return RankStore.load(self.folder / "ranks")
+
+    @cached_property
+    def base_folder(self) -> Path:
+        """The base model's folder, checked to be the model that was learned.
+
+        Raises:
+            RunError: it is not there any more, or another model lies there.
+        """
+        name = self._base or str(self.manifest["base_model"]["path"])
+        try:
+            folder = resolve_model(name)
+        except ModelError as error:
+            raise RunError(
+                f"the base model of this run is needed; name it with --base: {error}"
+            ) from error
+        if model_digest(folder) != self.profile.digest:
+            raise RunError(
+                f"{folder} is not the model that {self.folder} was learned for; "
+                "name the right one with --base"
+            )
+        return folder
+
+    @property
+    def validation(self) -> dict[str, list[tuple[float, float]]]:
+        """Measured (sparsity, KL) on the validation text, by allocator."""
+        return {
+            name: [(float(s), float(kl)) for s, kl in curve]
+            for name, curve in self.manifest["validation"].items()
+        }
+
+    def plan(self, requests: list[Request]) -> list[Plan | UnicucoError]:
+        """Answer requests, each by a plan or by the error that says why not."""
+        return self.planner.plan(requests)
+
+    def front(self) -> list[FrontPoint]:
+        """Return the front: predictions, with what rivals measured at the same sparsity."""
+        measured = {
+            name: {round(s, 6): kl for s, kl in curve} for name, curve in self.validation.items()
+        }
+        return [
+            FrontPoint(
+                sparsity=point.sparsity,
+                kl=point.kl,
+                uniform_kl=measured["uniform"].get(round(point.sparsity, 6)),
+                fisher_kl=measured["fisher"].get(round(point.sparsity, 6)),
+            )
+            for point in self.planner.front()
+        ]
+
+    def front_document(self) -> dict[str, object]:
+        """Return what ``front.json`` holds: predicted points, and measured ones apart from them."""
+        predicted = [
+            {"sparsity": point.sparsity, "kl": asdict(point.kl)} for point in self.planner.front()
+        ]
+        return {"format": FORMAT, "predicted": predicted, "measured_on_validation": self.validation}
+
+    def _planner(self) -> Planner:
+        options = self.manifest["options"]
+        space = build_space(
+            self.profile, tuple(options["dimensions"]), Granularity(options["granularity"])
+        )
+        net = StratNet(_KINDS[options["preset"]], space.num_axes, seed=0)
+        net.load_state_dict(load_tensors(self.folder / "stratnet.safetensors"))
+        surrogate = GaussianProcess.restore(
+            SurrogateOptions(curves=options["preset"] == "default"),
+            load_tensors(self.folder / "surrogate.safetensors"),
+        )
+        return Planner(
+            space=space,
+            allocator=StratNetAllocator(net, space),
+            surrogate=surrogate,
+            intervals=Intervals(**self.manifest["intervals"]),
+            sparsity_range=self.sparsity_range,
+        )
+
+
+def profile_document(profile: ModelProfile) -> dict[str, Any]:
+    """Return a profile as JSON; `Run` reads it back."""
+    return asdict(profile)
+
+
+def _profile(document: dict[str, Any]) -> ModelProfile:
+    # Any: JSON; wrong fields are refused by the constructor.
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
+    }
+    fields["sites"] = tuple(Site(**site) for site in document["sites"])
+    return ModelProfile(**fields)

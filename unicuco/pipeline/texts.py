@@ -1,0 +1,92 @@
+"""The four texts of a model: the reference corpus, or a user's own file cut in three.
+
+Calibration, search and validation text never overlap. The test text is not here: it is read by what
+reports, never by what learns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from transformers import PreTrainedTokenizerBase
+
+from unicuco.calibration import TokenSet, read_text, token_windows
+from unicuco.errors import TextError
+from unicuco.reference.corpus import held_out_text
+
+_MAX_CONTEXT: Final = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningTexts:
+    """Token windows of the three texts that learning may read."""
+
+    calibration: TokenSet
+    search: TokenSet
+    validation: TokenSet
+
+    @property
+    def digest(self) -> str:
+        """One digest of all three."""
+        parts = f"{self.calibration.digest}{self.search.digest}{self.validation.digest}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def window_length(max_context: int, wanted: int | None) -> int:
+    """Return tokens per window: what is wanted, or the model's context up to 512.
+
+    Raises:
+        TextError: more is wanted than the model reads at once.
+    """
+    if wanted is not None and wanted > max_context:
+        raise TextError(
+            f"the model reads at most {max_context:,} tokens at once; "
+            f"a context of {wanted:,} is too long"
+        )
+    return min(max_context, _MAX_CONTEXT) if wanted is None else wanted
+
+
+def learning_texts(
+    tokenizer: PreTrainedTokenizerBase, source: Path | None, *, tokens: int, context: int
+) -> LearningTexts:
+    """Cut the three texts, ``tokens`` tokens each.
+
+    Args:
+        tokenizer: the model's.
+        source: a UTF-8 file, of which each text gets a third in order; none: the reference corpus.
+        tokens: per text.
+        context: per window.
+
+    Raises:
+        TextError: the source can't be read or is too short.
+    """
+    if source is None:
+        parts = [held_out_text("calibration"), held_out_text("search"), held_out_text("validation")]
+    else:
+        whole = read_text(source)
+        third = len(whole) // 3
+        parts = [whole[:third], whole[third : 2 * third], whole[2 * third :]]
+    try:
+        sets = [token_windows(tokenizer, part, tokens=tokens, context=context) for part in parts]
+    except TextError as error:
+        if source is None:
+            raise
+        raise TextError(
+            f"{source} is cut into calibration, search and validation text, "
+            f"and a third of it is too short: {error}"
+        ) from error
+    return LearningTexts(calibration=sets[0], search=sets[1], validation=sets[2])
+
+
+def test_windows(
+    tokenizer: PreTrainedTokenizerBase, source: Path | None, *, tokens: int | None, context: int
+) -> TokenSet:
+    """Return windows of the test text, all of it unless ``tokens``.
+
+    The text is a file, or none: the reference corpus' test modules.
+    """
+    text = held_out_text("test") if source is None else read_text(source)
+    return token_windows(tokenizer, text, tokens=tokens, context=context)

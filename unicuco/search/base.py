@@ -1,0 +1,79 @@
+"""What a search is: asks in rounds, each a pure function of what was told two rounds before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from unicuco.allocate import AxisCurves
+from unicuco.dimensions import Granularity, build_space
+from unicuco.space import StrategySpace
+from unicuco.stratnet import TrainOptions
+from unicuco.surrogate import SurrogateOptions
+from unicuco.types import Ask, Evaluation, ModelProfile, Outcome, Strategy
+
+
+class Search(Protocol):
+    """An ask/tell loop over rounds.
+
+    ``ask(k)`` may use only outcomes of rounds up to k - 2 and the seed, so rounds overlap and the
+    same seed asks the same strategies whatever the number of workers and the order they finish in.
+    """
+
+    round_size: int
+
+    def ask(self, round: int) -> list[Ask]:
+        """Return the strategies of a round."""
+
+    def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
+        """Take a whole round in ask order: what was asked and what it came to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchConfig:
+    """All that decides what a search asks; picklable, and recorded with the run.
+
+    ``curves`` is the ``d x m`` table of axis curves; ``sparsity_range`` the targets that are
+    learned.
+    """
+
+    preset: str
+    profile: ModelProfile
+    dimensions: tuple[str, ...]
+    granularity: Granularity
+    curves: Tensor
+    sparsity_range: tuple[float, float]
+    seed: int
+    surrogate: SurrogateOptions = field(default_factory=SurrogateOptions)
+    training: TrainOptions = field(default_factory=TrainOptions)
+
+    def space(self) -> StrategySpace:
+        """Build the strategy space."""
+        return build_space(self.profile, self.dimensions, self.granularity)
+
+    def axis_curves(self) -> AxisCurves:
+        """Build the axis curves."""
+        return AxisCurves(self.curves)
+
+
+class History:
+    """Told rounds, and what a round may see of them."""
+
+    def __init__(self) -> None:
+        self._rounds: dict[int, list[tuple[Ask, Outcome]]] = {}
+
+    def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
+        """Remember a round."""
+        self._rounds[round] = list(results)
+
+    def visible(self, round: int) -> list[tuple[Strategy, Evaluation]]:
+        """Return the successful evaluations of rounds up to ``round - 2``, in ask order."""
+        return [
+            (ask.strategy, outcome)
+            for k in range(round - 1)
+            for ask, outcome in self._rounds.get(k, [])
+            if isinstance(outcome, Evaluation)
+        ]

@@ -1,0 +1,133 @@
+"""`FrontSearch`, the default preset: learn the whole front from values and derivatives.
+
+Every round fits the surrogate to all visible evaluations, trains a fresh StratNet through it, and
+asks what that network would answer to targets spread over the learned range. So evaluations are
+spent where answers will come from, each tells the slope along every axis there, and the next
+network walks down that slope: a descent of all targets together whose memory is the surrogate. The
+first two rounds, which may see nothing, ask points between the uniform and the Fisher allocation.
+
+What it does not know: how evaluations are run, and when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from unicuco.allocate import AllocationContext, Fisher, Uniform
+from unicuco.search.base import History, SearchConfig
+from unicuco.space import StrategySpace
+from unicuco.stratnet import NetKind, StratNet, train_on_sizes
+from unicuco.stratnet.train import size_answers
+from unicuco.surrogate import GaussianProcess, Observations
+from unicuco.types import Ask, Evaluation, Outcome, Strategy
+
+_GOLDEN: Final = 0.6180339887498949  # multiples modulo 1 spread evenly, however many there are
+# (target as a share of the learned range, share of the way from uniform to Fisher) of the blind
+# rounds.
+_WARM_UP: Final = ((0.45, 0.5), (0.85, 0.35), (0.65, 0.7), (0.25, 0.9), (0.75, 0.15), (0.55, 0.0))
+_FROM: Final = 0.3  # share of the learned range where asking begins: below, all is nearly additive
+CAUTION: Final = 1.0  # standard deviations added to the mean while the network trains
+
+
+class FrontSearch:
+    """The default search (see the module's docstring)."""
+
+    round_size = 3
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config = config
+        self._space = config.space()
+        self._history = History()
+        # Only sparsity has derivatives (`LocalEvaluator`).
+        self._derivatives = config.surrogate.directions > 0 and config.dimensions == ("sparsity",)
+
+    def ask(self, round: int) -> list[Ask]:
+        """Return the strategies of a round."""
+        first = round * self.round_size
+        evaluations = self._history.visible(round)
+        if len({strategy.key for strategy, _ in evaluations}) < 2:
+            strategies = self._blind(first)
+        else:
+            strategies = self._from_network(evaluations, round, first)
+        return [
+            Ask(round=round, position=position, strategy=strategy, derivatives=self._derivatives)
+            for position, strategy in enumerate(strategies)
+        ]
+
+    def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
+        """Take a whole round in ask order."""
+        self._history.tell(round, results)
+
+    def _blind(self, first: int) -> list[Strategy]:
+        """Return strategies between uniform and Fisher: at first, and while nothing succeeds."""
+        context = AllocationContext(space=self._space, curves=self.config.axis_curves())
+        uniform, fisher = Uniform(context), Fisher(context)
+        low, high = self.config.sparsity_range
+        strategies = []
+        for number in range(first, first + self.round_size):
+            share, mix = _WARM_UP[number] if number < len(_WARM_UP) else _spread(number)
+            target = low + share * (high - low)
+            ends = self._space.encode([*uniform.allocate([target]), *fisher.allocate([target])])
+            point = ends[:1] + mix * (ends[1:] - ends[:1])
+            strategies += self._space.decode_exact(point, [self._space.kept_for_sparsity(target)])
+        return strategies
+
+    def _from_network(
+        self, evaluations: list[tuple[Strategy, Evaluation]], round: int, first: int
+    ) -> list[Strategy]:
+        low, high = self.config.sparsity_range
+        seed = self.config.seed * 100_003 + round
+        _, net = learn_front(self.config, evaluations, seed=seed)
+        shares = (
+            torch.arange(first, first + self.round_size, dtype=torch.float64) * _GOLDEN + 0.5
+        ) % 1.0
+        targets = low + (high - low) * (_FROM + (1 - _FROM) * shares)
+        budgets = [self._space.kept_for_sparsity(target) for target in targets.tolist()]
+        with torch.no_grad():
+            points = size_answers(net, self._space, targets)
+        return self._space.decode_exact(points, budgets)
+
+
+def _spread(number: int) -> tuple[float, float]:
+    """Return the ``number``-th of points that fill the unit square evenly."""
+    # The golden ratio's counterpart in two dimensions (Roberts 2018).
+    return number * 0.7548776662466927 % 1.0, number * 0.5698402909980532 % 1.0
+
+
+def learn_front(
+    config: SearchConfig, evaluations: Sequence[tuple[Strategy, Evaluation]], *, seed: int
+) -> tuple[GaussianProcess, StratNet]:
+    """Fit the surrogate to evaluations and train a size network through it.
+
+    Raises:
+        SurrogateError: too few evaluations succeeded.
+    """
+    space = config.space()
+    surrogate = GaussianProcess(
+        config.surrogate, config.axis_curves() if config.surrogate.curves else None
+    )
+    surrogate.fit(observe(space, evaluations))
+    net = StratNet(NetKind.SIZE, space.num_axes, seed=seed)
+
+    def judge(points: Tensor) -> Tensor:
+        mean, std = surrogate.posterior(points)
+        return mean + CAUTION * std
+
+    train_on_sizes(net, space, judge, config.sparsity_range, config.training, seed=seed)
+    return surrogate, net
+
+
+def observe(
+    space: StrategySpace, evaluations: Sequence[tuple[Strategy, Evaluation]]
+) -> Observations:
+    """Turn evaluations into the surrogate's observations in unit coordinates."""
+    return Observations.from_measurements(
+        space.encode([strategy for strategy, _ in evaluations]),
+        torch.tensor([evaluation.kl for _, evaluation in evaluations], dtype=torch.float64),
+        [evaluation.gradient for _, evaluation in evaluations],
+        space.span,
+    )

@@ -1,0 +1,17 @@
+"""StratNet: the network that turns a request into its strategy in one forward pass."""
+
+from __future__ import annotations
+
+from unicuco.stratnet.allocator import StratNetAllocator
+from unicuco.stratnet.net import NetKind, StratNet, preference_features, size_features
+from unicuco.stratnet.train import TrainOptions, train_on_sizes
+
+__all__ = [
+    "NetKind",
+    "StratNet",
+    "StratNetAllocator",
+    "TrainOptions",
+    "preference_features",
+    "size_features",
+    "train_on_sizes",
+]

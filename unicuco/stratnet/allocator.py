@@ -1,0 +1,58 @@
+"""StratNet as an allocator: the same protocol as every one-shot method, batch-first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from unicuco.space import StrategySpace
+from unicuco.stratnet.net import NetKind, StratNet, preference_features
+from unicuco.stratnet.train import size_answers
+from unicuco.types import Strategy
+
+_NUM_PREFERENCES: Final = 257
+
+
+class StratNetAllocator:
+    """Answers sparsity targets by one forward pass and the exact projection.
+
+    A size network is asked for the target itself. A preference network is asked for the weighting
+    whose own answer has the target's sparsity, found once on a grid.
+    """
+
+    name = "stratnet"
+
+    def __init__(self, net: StratNet, space: StrategySpace) -> None:
+        self._net = net.eval().requires_grad_(False)
+        self._space = space
+        self._grid = torch.linspace(0, 1, _NUM_PREFERENCES, dtype=torch.float64)
+        self._own_sparsity = (
+            self._sparsity_of_preferences() if net.kind is NetKind.PREFERENCE else None
+        )
+
+    def allocate(self, sparsities: Sequence[float]) -> list[Strategy]:
+        """Return one strategy per sparsity over sites, each at exactly that budget."""
+        budgets = [self._space.kept_for_sparsity(sparsity) for sparsity in sparsities]
+        return self._space.decode_exact(
+            self.units(torch.tensor(sparsities, dtype=torch.float64)), budgets
+        )
+
+    def units(self, sparsities: Tensor) -> Tensor:
+        """Return the ``b x d`` relaxed answers to ``b`` sparsities, on their budgets."""
+        if self._own_sparsity is None:
+            return size_answers(self._net, self._space, sparsities)
+        index = torch.searchsorted(self._own_sparsity, sparsities).clamp(1, _NUM_PREFERENCES - 1)
+        left, right = self._own_sparsity[index - 1], self._own_sparsity[index]
+        share = ((sparsities - left) / (right - left).clamp(min=1e-12)).clamp(0, 1)
+        preference = self._grid[index - 1] + share * (self._grid[index] - self._grid[index - 1])
+        kept = self._space.cost.total_params - sparsities * self._space.cost.num_site_weights
+        return self._space.project(self._net(preference_features(preference)), kept)
+
+    def _sparsity_of_preferences(self) -> Tensor:
+        """Return the sparsity of the network's own answers on the grid, made rising."""
+        answers = self._space.settings(self._net(preference_features(self._grid)))
+        dropped = self._space.cost.total_params - self._space.cost.kept(answers)
+        return (dropped / self._space.cost.num_site_weights).cummax(0).values

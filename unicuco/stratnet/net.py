@@ -1,0 +1,93 @@
+"""The network: request features -> a point of the unit cube.
+
+Two kinds. ``size`` (ours) sees a target sparsity and answers by offsets around the uniform strategy
+of that sparsity, in logits, so an untrained network is the uniform allocation. ``preference`` (the
+paper's) sees a weighting of size and quality and answers freely, as PSL-MOBO's set model does (Lin
+et al. 2022; arXiv 2505.12216).
+
+What it does not know: exact budgets; `StrategySpace.project` follows it.
+
+Notation: b requests, r features, d axes.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+_REACH: Final = 4.0  # logits between an axis and uniform, at most: from one half to 0.02 or 0.98
+_SMALL_INIT: Final = (
+    1e-2  # of the last layer of a size network: near uniform, yet the gradient reaches every layer
+)
+
+
+class NetKind(StrEnum):
+    """What the network sees."""
+
+    SIZE = "size"
+    PREFERENCE = "preference"
+
+
+_NUM_FEATURES: Final = {NetKind.SIZE: 3, NetKind.PREFERENCE: 2}
+_HIDDEN: Final = {NetKind.SIZE: 64, NetKind.PREFERENCE: 256}
+
+
+def size_features(sparsity: Tensor) -> Tensor:
+    """Encode ``b`` sparsities in [0, 1) as ``b x 3`` features: s, s^2, log of what is kept."""
+    s = sparsity.float().clamp(1e-3, 1 - 1e-3)
+    return torch.stack([4 * s - 2, 4 * s.square() - 1.3, torch.log1p(-s) + 1], dim=-1)
+
+
+def preference_features(preference: Tensor) -> Tensor:
+    """Encode ``b`` preferences for size in [0, 1] as the ``b x 2`` weights (size, quality)."""
+    p = preference.float().clamp(0, 1)
+    return torch.stack([p, 1 - p], dim=-1)
+
+
+class StratNet(nn.Module):
+    """A small multilayer perceptron of either kind.
+
+    Args:
+        kind: what it sees.
+        num_axes: d.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, kind: NetKind, num_axes: int, *, seed: int) -> None:
+        super().__init__()
+        self.kind = kind
+        hidden = _HIDDEN[kind]
+        self.layers = nn.Sequential(
+            nn.Linear(_NUM_FEATURES[kind], hidden), nn.SiLU(),
+            nn.Linear(hidden, hidden), nn.SiLU(),
+            nn.Linear(hidden, num_axes),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                bound = layer.in_features**-0.5
+                nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        if kind is NetKind.SIZE:
+            last = self.layers[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.normal_(last.weight, std=_SMALL_INIT, generator=generator)
+            nn.init.zeros_(last.bias)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the ``b x d`` logits of `forward`.
+
+        A size network's are offsets around the uniform point, which projection finds.
+        """
+        output: Tensor = self.layers(features)
+        if self.kind is NetKind.SIZE:
+            # No axis leaves the neighbourhood of uniform so far that nothing measured speaks of it.
+            return _REACH * torch.tanh(output / _REACH)
+        return output
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map ``b x r`` request features to ``b x d`` points in (0, 1)."""
+        return torch.sigmoid(self.logits(features))

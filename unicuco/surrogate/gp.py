@@ -1,0 +1,343 @@
+"""The Gaussian process over log KL: values and a few directional derivatives each, in float64.
+
+The target is y = log (KL + EPSILON); in unit coordinates its derivative is (high - low) dKL/ds /
+(KL + EPSILON). A mean function (`CurveMean`, or a constant) takes what it can explain; the process
+models the rest with a Matérn-5/2 ARD kernel (`DirectionalMatern`), one noise for values and one for
+derivatives.
+
+Which directions: the uniform one, and per evaluation those along which the derivative left over by
+the mean is largest in blocks of equal size, so that together they hold it all. Exact duplicates are
+merged; a fit that fails numerically falls back to the hyperparameters' priors before it gives up.
+
+What it does not know: budgets and requests. Predictions here are of the search text; intervals for
+fresh text are calibrated elsewhere.
+
+Notation: n evaluations, d axes, k directions per evaluation, q query points.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import gpytorch
+import torch
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.errors import NanError, NotPSDError
+from torch import Tensor
+
+from unicuco.allocate.curves import AxisCurves
+from unicuco.errors import SurrogateError
+from unicuco.surrogate.kernel import DirectionalMatern, as_rows
+from unicuco.surrogate.mean import EPSILON, CurveMean
+
+_LOG = logging.getLogger(__name__)
+# Standard deviations. An evaluation is exact on its text, so the noise of a value only stands for
+# wrinkles that no smooth surface should follow; that of a rank-window derivative for its own error,
+# a share of itself and of the evaluation's typical derivative (DESIGN.md section 8, finding 2).
+_VALUE_NOISE: Final = 0.03
+_DERIVATIVE_NOISE: Final = 0.15
+_DERIVATIVE_FLOOR: Final = 0.1
+_MIN_VARIANCE: Final = 1e-6  # of a derivative of nothing, so that the covariance can be factored
+_TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fifth of a log unit
+_LEARNING_RATE: Final = 0.05
+_MAX_ROWS: Final = 1600  # of the covariance matrix: its factor takes a tenth of a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurrogateOptions:
+    """How the surrogate is built.
+
+    ``curves``: use the axis curves as the mean function (else a constant). ``directions``:
+    directional derivatives per evaluation that enter the process (0: values only). ``steps``:
+    iterations of the hyperparameter fit.
+    """
+
+    curves: bool = True
+    directions: int = 8
+    steps: int = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observations:
+    """Measured values in unit coordinates.
+
+    Attributes:
+        points: ``n x d`` unit points.
+        values: ``n`` log (KL + EPSILON).
+        derivatives: ``n x d`` derivatives of the values; rows of NaN where none were measured.
+    """
+
+    points: Tensor
+    values: Tensor
+    derivatives: Tensor
+
+    @classmethod
+    def from_measurements(
+        cls, points: Tensor, kl: Tensor, gradients: Sequence[Sequence[float] | None], span: Tensor
+    ) -> Observations:
+        """Take KL in nats and gradients to log values and unit derivatives; merge duplicates."""
+        unknown = [float("nan")] * points.shape[1]
+        rows = [list(gradient) if gradient is not None else unknown for gradient in gradients]
+        raw = torch.tensor(rows, dtype=torch.float64).reshape(points.shape)
+        kl = kl.double()
+        derivatives = raw * span / (kl[:, None] + EPSILON)
+        groups: dict[tuple[float, ...], list[int]] = {}
+        for index, point in enumerate(points.tolist()):
+            groups.setdefault(tuple(point), []).append(index)
+        measured = ~torch.isnan(raw[:, :1].sum(1))
+        # Of equal points, the one whose derivative was measured stands for all.
+        chosen = [max(group, key=lambda k: (bool(measured[k]), -k)) for group in groups.values()]
+        logs = (kl + EPSILON).log()
+        means = [logs[group].mean() for group in groups.values()]
+        return cls(
+            points=points[chosen].double(),
+            values=torch.stack(means) if means else logs,
+            derivatives=derivatives[chosen],
+        )
+
+    @property
+    def measured(self) -> Tensor:
+        """``n`` bool: which evaluations have derivatives."""
+        return ~torch.isnan(self.derivatives[:, 0])
+
+
+class GaussianProcess:
+    """The surrogate; ``fit`` then ask for ``posterior``.
+
+    Args:
+        options: how it is built.
+        curves: the axis curves, needed when ``options.curves``.
+    """
+
+    def __init__(self, options: SurrogateOptions, curves: AxisCurves | None = None) -> None:
+        if options.curves and curves is None:
+            raise ValueError("a mean of curves needs the curves")
+        self.options = options
+        self.curves = curves
+        self.mean_: CurveMean | None = None
+        self._constant = 0.0
+        self._model: _Process | None = None
+
+    def fit(self, observations: Observations) -> None:
+        """Fit mean function and hyperparameters.
+
+        Raises:
+            SurrogateError: fewer than two distinct evaluations, or no fit is numerically possible.
+        """
+        if len(observations.points) < 2:
+            raise SurrogateError(
+                "the surrogate needs at least two different evaluations that succeeded"
+            )
+        use_derivatives = self.options.directions > 0 and bool(observations.measured.any())
+        self._fit_mean(observations, use_derivatives)
+        few = self.options.directions if use_derivatives else 0
+        many = max(few, _MAX_ROWS // len(observations.points) - 1) if few else 0
+        for steps in (self.options.steps, 0):
+            try:
+                tuned = _Process(self._rows(observations, few))
+                tuned.fit(steps)
+                self._model = _Process(self._rows(observations, many))
+                self._model.load_state_dict(tuned.state_dict(), strict=False)
+                self._model.fit(0)
+                self.posterior(observations.points[:1])
+            except (NotPSDError, NanError, RuntimeError) as error:
+                _LOG.warning("surrogate fit with %d steps failed (%s)", steps, error)
+            else:
+                return
+        raise SurrogateError(
+            "the surrogate can't be fitted to these evaluations, even at its prior"
+        )
+
+    def posterior(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation of log (KL + EPSILON), ``q`` each, at ``q x d`` points.
+
+        Both are differentiable. The deviation is that of the function itself, without measurement
+        noise.
+        """
+        if self._model is None:
+            raise SurrogateError("the surrogate has not been fitted")
+        mean, std = self._model.predict(points.double())
+        return mean + self._mean_values(points.double()), std
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything `restore` needs, as named tensors."""
+        if self._model is None:
+            raise SurrogateError("the surrogate has not been fitted")
+        tensors = {f"process/{name}": value for name, value in self._model.state_dict().items()}
+        tensors["rows"] = self._model.train_inputs[0]
+        tensors["targets"] = self._model.train_targets
+        tensors["noise"] = self._model.likelihood.noise
+        tensors["constant"] = torch.tensor(self._constant, dtype=torch.float64)
+        if self.mean_ is not None:
+            tensors |= {f"mean/{name}": value for name, value in self.mean_.state().items()}
+        return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+
+    @classmethod
+    def restore(cls, options: SurrogateOptions, state: Mapping[str, Tensor]) -> GaussianProcess:
+        """Rebuild a fitted surrogate from `state`, without fitting."""
+        mean = {
+            name.removeprefix("mean/"): value
+            for name, value in state.items()
+            if name.startswith("mean/")
+        }
+        process = {
+            n.removeprefix("process/"): value
+            for n, value in state.items()
+            if n.startswith("process/")
+        }
+        surrogate = cls(options, AxisCurves(mean["curves"]) if mean else None)
+        surrogate.mean_ = CurveMean.restore(mean) if mean else None
+        surrogate._constant = float(state["constant"])
+        model = _Process(_Rows(state["rows"], state["targets"], state["noise"]))
+        model.load_state_dict(process, strict=False)
+        model.fit(0)
+        surrogate._model = model
+        return surrogate
+
+    def _fit_mean(self, observations: Observations, use_derivatives: bool) -> None:
+        self._constant = float(observations.values.mean())
+        if self.curves is None or not self.options.curves:
+            return
+        measured = observations.measured
+        derivatives = observations.derivatives[measured] if use_derivatives else None
+        self.mean_ = CurveMean.fit(
+            self.curves,
+            observations.points,
+            observations.values,
+            derivatives,
+            observations.points[measured],
+        )
+
+    def _mean_values(self, points: Tensor) -> Tensor:
+        if self.mean_ is None:
+            return torch.full(points.shape[:1], self._constant, dtype=torch.float64)
+        return self.mean_.values(points)
+
+    def _rows(self, observations: Observations, count: int) -> _Rows:
+        """Return value rows, and derivative rows along ``count`` directions per evaluation."""
+        values = observations.values - self._mean_values(observations.points)
+        rows, targets = [as_rows(observations.points)], [values]
+        noise = [torch.full_like(values, _VALUE_NOISE)]
+        if count:
+            points = observations.points[observations.measured]
+            whole = observations.derivatives[observations.measured]
+            left_over = whole if self.mean_ is None else whole - self.mean_.gradients(points)
+            typical = whole.square().mean(1, keepdim=True).sqrt()
+            spread = _DERIVATIVE_NOISE * whole.abs() + _DERIVATIVE_FLOOR * typical  # (n, d)
+            for direction in _directions(len(whole), whole.shape[1], count):
+                rows.append(as_rows(points, direction))
+                targets.append((left_over * direction).sum(-1))
+                noise.append((spread * direction).norm(dim=-1))
+        variance = torch.cat(noise).square().clamp(min=_MIN_VARIANCE)
+        return _Rows(torch.cat(rows), torch.cat(targets), variance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Training rows with targets and noise variances."""
+
+    rows: Tensor
+    targets: Tensor
+    noise: Tensor
+
+
+def _directions(n: int, d: int, count: int) -> list[Tensor]:
+    """Return ``count`` orthonormal directions for each of n evaluations, ``n x d`` each.
+
+    All axes if there is room for them; else the uniform direction and random ones, drawn anew for
+    every evaluation. They never depend on what was measured: a direction chosen by size would show
+    noise as signal.
+    """
+    if count >= d:
+        return [row.expand(n, d) for row in torch.eye(d, dtype=torch.float64)]
+    generator = torch.Generator().manual_seed(d)
+    draws = torch.randn(n, d, count, generator=generator, dtype=torch.float64)
+    draws[:, :, 0] = 1.0
+    return list(torch.linalg.qr(draws).Q.unbind(-1))
+
+
+class _Process(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch is untyped
+    def __init__(self, data: _Rows) -> None:
+        likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(data.noise)
+        super().__init__(data.rows, data.targets, likelihood)
+        d = (data.rows.shape[1] - 1) // 2
+        variance = float(data.targets[data.rows[:, -1] > 0.5].square().mean().clamp(min=1e-3))
+        self.mean_module = gpytorch.means.ZeroMean()
+        # Lengthscales that grow with the root of d keep distances of order one (Hvarfner et al.,
+        # arXiv 2402.02229).
+        centre = 0.5 * float(torch.tensor(float(d)).log())
+        base = DirectionalMatern(
+            ard_num_dims=d, lengthscale_prior=gpytorch.priors.LogNormalPrior(centre, 0.3)
+        )
+        self.covar_module = gpytorch.kernels.ScaleKernel(
+            base, outputscale_prior=gpytorch.priors.LogNormalPrior(_TYPICAL_LOG_SCALE, 1.0)
+        )
+        self.double()
+        base.lengthscale = torch.full(
+            (1, d), float(torch.tensor(centre).exp()), dtype=torch.float64
+        )
+        self.covar_module.outputscale = torch.tensor(variance, dtype=torch.float64).clamp(min=0.02)
+
+    def forward(self, rows: Tensor) -> Any:
+        return gpytorch.distributions.MultivariateNormal(
+            self.mean_module(rows), self.covar_module(rows)
+        )
+
+    def fit(self, steps: int) -> None:
+        self.train()
+        self.likelihood.train()
+        if steps:
+            objective = gpytorch.mlls.ExactMarginalLogLikelihood(self.likelihood, self)
+            # Small steps from the priors' centre: line searches leap to lengthscales that explain
+            # the noise of one axis, and the predictions are then wild.
+            optimizer = torch.optim.Adam(self.parameters(), lr=_LEARNING_RATE)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                with _exact():
+                    loss: Tensor = -objective(self(*self.train_inputs), self.train_targets)
+                loss.backward()
+                optimizer.step()
+        self.eval()
+        self.likelihood.eval()
+        self.requires_grad_(False)
+
+    def predict(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation of the process at ``q x d`` points; differentiable.
+
+        The textbook formulas on a factor kept since the fit: training StratNet asks thousands of
+        times, and the library's prediction strategies cost several times the arithmetic.
+        """
+        factor, weights = self._solved
+        cross = self._scale * self._base.value_rows(points, self.train_inputs[0])  # (q, n)
+        explained = torch.linalg.solve_triangular(factor, cross.mT, upper=False)
+        variance = self._scale - explained.square().sum(0)
+        return cross @ weights, variance.clamp(min=1e-12).sqrt()
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        scale: Tensor = self.covar_module.outputscale.detach()
+        return scale
+
+    @property
+    def _base(self) -> DirectionalMatern:
+        base: DirectionalMatern = self.covar_module.base_kernel
+        return base
+
+    @cached_property
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of the noisy train covariance, and its inverse times the targets."""
+        rows = self.train_inputs[0]
+        with _exact(), torch.no_grad():
+            prior = self.forward(rows).covariance_matrix + self.likelihood.noise.diag()
+            factor = psd_safe_cholesky(prior)
+        return factor, torch.cholesky_solve(self.train_targets[:, None], factor)[:, 0]
+
+
+def _exact() -> Any:
+    # Cholesky whatever the size; and train caches stay attached to nothing, so that predictions can
+    # be differentiated.
+    return gpytorch.settings.fast_computations(False, False, False)

@@ -1,0 +1,83 @@
+"""The contract of allocators: subclass `AllocatorContract`, and its tests run."""
+
+# ruff: noqa: D102 - a test's name is its sentence of behaviour
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar, Final
+
+import pytest
+import torch
+
+from unicuco.allocate import AllocationContext, Allocator, AxisCurves
+from unicuco.dimensions import Granularity, build_space
+from unicuco.errors import InfeasibleRequestError
+from unicuco.testing.profiles import make_profile
+
+SPARSITIES: Final = (0.0, 0.05, 0.3, 0.5, 0.501, 0.6, 0.8, 0.9)
+_PROFILE: Final = make_profile([[(40, 60), (80, 30)], [(50, 50), (20, 90)], [(60, 60)]])
+
+
+@cache
+def make_context(granularity: Granularity) -> AllocationContext:
+    """Return a context of a small space with rising, mostly convex curves, seeded."""
+    space = build_space(_PROFILE, granularity=granularity)
+    generator = torch.Generator().manual_seed(9)
+    steps = torch.rand(space.num_axes, 256, generator=generator, dtype=torch.float64)
+    rising = steps * torch.linspace(0.01, 1, 256, dtype=torch.float64) ** 2
+    scale = 1e-3 * torch.exp(torch.randn(space.num_axes, 1, generator=generator))
+    table = torch.nn.functional.pad((scale * rising).cumsum(1), (1, 0))
+    return AllocationContext(space=space, curves=AxisCurves(table))
+
+
+class AllocatorContract:
+    """What every allocator satisfies; subclasses say how one is made."""
+
+    name: ClassVar[str]
+
+    def make(self, context: AllocationContext) -> Allocator:
+        """Return a fresh allocator."""
+        raise NotImplementedError(f"{type(self).__name__} must make its allocator")
+
+    @pytest.fixture(params=list(Granularity), ids=str)
+    def context(self, request: Any) -> AllocationContext:
+        return make_context(Granularity(request.param))
+
+    def test_has_its_name(self, context: AllocationContext) -> None:
+        assert self.make(context).name == self.name
+
+    def test_meets_every_budget_to_the_weight(self, context: AllocationContext) -> None:
+        space = context.space
+        strategies = self.make(context).allocate(SPARSITIES)
+        kept = [space.cost.kept_params(strategy.values) for strategy in strategies]
+        assert kept == [space.kept_for_sparsity(sparsity) for sparsity in SPARSITIES]
+
+    def test_is_deterministic(self, context: AllocationContext) -> None:
+        allocator = self.make(context)
+        first = allocator.allocate(SPARSITIES)
+        assert allocator.allocate(SPARSITIES) == first
+        assert self.make(context).allocate(SPARSITIES) == first
+
+    def test_answers_of_a_batch_are_those_of_single_requests(
+        self, context: AllocationContext
+    ) -> None:
+        allocator = self.make(context)
+        alone = [allocator.allocate([sparsity])[0] for sparsity in SPARSITIES]
+        assert allocator.allocate(SPARSITIES) == alone
+        assert allocator.allocate([]) == []
+
+    def test_more_size_pressure_never_keeps_more(self, context: AllocationContext) -> None:
+        targets = [0.9 * k / 60 for k in range(61)]
+        strategies = self.make(context).allocate(targets)
+        kept = [context.space.cost.kept_params(strategy.values) for strategy in strategies]
+        assert kept == sorted(kept, reverse=True)
+
+    def test_every_value_lies_on_its_grid(self, context: AllocationContext) -> None:
+        space = context.space
+        for strategy in self.make(context).allocate(SPARSITIES):
+            assert space.decode(space.encode([strategy])) == [strategy]
+
+    def test_a_sparsity_beyond_the_range_is_refused(self, context: AllocationContext) -> None:
+        with pytest.raises(InfeasibleRequestError):
+            self.make(context).allocate([0.5, 0.995])

@@ -1,0 +1,294 @@
+"""The value objects that cross every boundary: frozen, keyword-only, picklable, free of torch.
+
+They check themselves at construction and are trusted afterwards. What they do not know: models,
+budgets and files; `StrategySpace` turns settings into counts, and the run turns requests into
+strategies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Final
+
+from unicuco.errors import RequestError
+
+
+class Target(StrEnum):
+    """What a request bounds. Exactly one per request."""
+
+    SPARSITY = "sparsity"
+    MAX_PARAMS = "max_params"
+    MAX_BYTES = "max_bytes"
+    MAX_KL = "max_kl"
+    PREFERENCE = "preference"
+
+
+class ServedAs(StrEnum):
+    """How a variant is stored: zeros in place, smaller shapes, or fewer bits."""
+
+    MASK = "mask"
+    SHRINK = "shrink"
+    QUANTISED = "quantised"
+
+
+_LATER: Final = ("max_total_bytes", "max_latency_ms", "task_weights", "context", "batch")
+_WHOLE: Final = (Target.MAX_PARAMS, Target.MAX_BYTES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a user asks: one target, its value, and how the variant may be served (none: any way).
+
+    Ranges: sparsity in [0, 1); max_params and max_bytes whole numbers > 0; max_kl in nats per
+    token, >= 0; preference in [0, 1], 0 = quality only, 1 = size only.
+
+    Raises:
+        RequestError: the value lies outside its range.
+    """
+
+    target: Target
+    value: float
+    served_as: ServedAs | None = None
+
+    def __post_init__(self) -> None:
+        v = self.value
+        name = self.target.value
+        if not math.isfinite(v):
+            raise RequestError(f"{name} must be a finite number, got {v}")
+        if self.target is Target.SPARSITY and not 0 <= v < 1:
+            raise RequestError(f"sparsity must be in [0, 1), got {v:g}")
+        if self.target is Target.PREFERENCE and not 0 <= v <= 1:
+            raise RequestError(f"preference must be in [0, 1], got {v:g}")
+        if self.target is Target.MAX_KL and v < 0:
+            raise RequestError(f"max_kl must be at least 0 nats per token, got {v:g}")
+        if self.target in _WHOLE and (v <= 0 or v != int(v)):
+            raise RequestError(f"{name} must be a whole number above 0, got {v:g}")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, object]) -> Request:
+        """Read the JSON object of every edge, e.g. ``{"sparsity": 0.6, "served_as": "mask"}``.
+
+        Raises:
+            RequestError: unknown names, no or two targets, wrong types, or values outside their
+                range.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name in given:
+            if name in _LATER:
+                raise RequestError(
+                    f"{name} is not available in this version; targets: {', '.join(Target)}"
+                )
+            if name not in {*Target, "served_as"}:
+                raise RequestError(f"unknown request field {name!r}; targets: {', '.join(Target)}")
+        targets = [name for name in given if name != "served_as"]
+        if len(targets) != 1:
+            found = " and ".join(targets) if targets else "none"
+            raise RequestError(
+                f"a request has exactly one target out of {', '.join(Target)}; got {found}"
+            )
+        value = given[targets[0]]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RequestError(f"{targets[0]} must be a number, got {value!r}")
+        served_as = given.get("served_as")
+        if served_as is not None and served_as not in [*ServedAs]:
+            raise RequestError(f"served_as must be one of {', '.join(ServedAs)}, got {served_as!r}")
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            number = math.inf
+        return cls(
+            target=Target(targets[0]),
+            value=number,
+            served_as=None if served_as is None else ServedAs(str(served_as)),
+        )
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """Return the JSON object that `from_dict` reads back to an equal request."""
+        value = int(self.value) if self.target in _WHOLE else self.value
+        document: dict[str, float | int | str] = {self.target.value: value}
+        if self.served_as is not None:
+            document["served_as"] = self.served_as.value
+        return document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One prunable matrix: a Linear (or GPT-2's Conv1D) inside a transformer block.
+
+    ``path`` is the module's dotted path in the loaded model. ``num_rows x num_columns`` is the
+    matrix as output rows by input columns; ``transposed`` says that the module stores it the other
+    way round.
+    """
+
+    block: int
+    path: str
+    num_rows: int
+    num_columns: int
+    transposed: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in the matrix, bias excluded."""
+        return self.num_rows * self.num_columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProfile:
+    """What the method needs to know of a model, without the model.
+
+    ``digest`` is the sha256 over the names and contents of its weight files. ``block_params[b]``
+    counts every unique parameter inside block b (sites, biases, norms); ``block_bytes[b]`` their
+    bytes as stored; ``total_params`` and ``total_bytes`` count the whole model, tied tensors once.
+    """
+
+    digest: str
+    architecture: str
+    sites: tuple[Site, ...]
+    block_paths: tuple[str, ...]
+    block_params: tuple[int, ...]
+    block_bytes: tuple[int, ...]
+    total_params: int
+    total_bytes: int
+    vocabulary_size: int
+    max_context: int
+
+    def __post_init__(self) -> None:
+        if len({site.path for site in self.sites}) != len(self.sites):
+            raise ValueError("site paths must be unique")
+
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks."""
+        return len(self.block_paths)
+
+    @property
+    def num_site_weights(self) -> int:
+        """Weights in all sites: what `sparsity` is a fraction of."""
+        return sum(site.num_weights for site in self.sites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """The decoded setting of every axis, in the space's order. Equal settings have equal keys."""
+
+    settings: tuple[tuple[str, float], ...]
+
+    def __post_init__(self) -> None:
+        if len({name for name, _ in self.settings}) != len(self.settings):
+            raise ValueError("axis names must be unique")
+
+    @cached_property
+    def key(self) -> str:
+        """The sha256 of the settings as canonical JSON, in hexadecimal."""
+        text = json.dumps(self.settings, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The settings' values in axis order."""
+        return tuple(value for _, value in self.settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A strategy to evaluate, with derivatives or without, and where it stands in the run."""
+
+    round: int
+    position: int
+    strategy: Strategy
+    derivatives: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A strategy's measured values.
+
+    ``kl`` is KL(dense‖pruned) in nats per token; ``kept_fraction`` is 1 - sparsity over sites;
+    ``gradient`` is the derivative of kl to every axis' setting, in axis order, or none;
+    ``cost_units`` counts forward passes over the run's search tokens (3 with derivatives).
+    """
+
+    strategy_key: str
+    kl: float
+    kept_fraction: float
+    gradient: tuple[float, ...] | None
+    tokens: int
+    text_digest: str
+    cost_units: float
+    wall_s: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.kl) and all(map(math.isfinite, self.gradient or ()))):
+            raise ValueError(
+                f"strategy {self.strategy_key[:12]}: kl and gradient must be finite, "
+                f"got kl {self.kl}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedEvaluation:
+    """A strategy whose evaluation failed: recorded with its reason, never an end of the run."""
+
+    strategy_key: str
+    kind: str
+    message: str
+    wall_s: float = 0.0
+
+    @classmethod
+    def from_error(
+        cls, strategy_key: str, error: BaseException, *, wall_s: float = 0.0
+    ) -> FailedEvaluation:
+        """Describe what an evaluation raised, its message in one line of at most 500 letters."""
+        kind, message = type(error).__name__, " ".join(str(error).split())[:500]
+        return cls(strategy_key=strategy_key, kind=kind, message=message, wall_s=wall_s)
+
+
+Outcome = Evaluation | FailedEvaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Predicted KL on fresh text, nats per token: mean and a 95% interval for one measurement."""
+
+    mean: float
+    lo95: float
+    hi95: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lo95 <= self.mean <= self.hi95:
+            raise ValueError(
+                f"need 0 <= lo95 <= mean <= hi95, got {self.lo95}, {self.mean}, {self.hi95}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer to one request: strategy, exact size, predicted quality."""
+
+    request: Request
+    strategy: Strategy
+    sparsity: float
+    kept_params: int
+    total_params: int
+    num_bytes: int
+    served_as: ServedAs
+    kl: Prediction
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the plan document of the command line and of HTTP."""
+        return {
+            "request": self.request.to_dict(),
+            "strategy": {"settings": dict(self.strategy.settings)},
+            "sparsity": self.sparsity,
+            "kept_params": self.kept_params,
+            "total_params": self.total_params,
+            "bytes": self.num_bytes,
+            "served_as": self.served_as.value,
+            "predicted": {"kl": {"mean": self.kl.mean, "lo95": self.kl.lo95, "hi95": self.kl.hi95}},
+        }
