@@ -7,6 +7,7 @@ use a small run that is learned first (their time does not depend on how well it
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import statistics
@@ -57,38 +58,40 @@ def measure_plans(run: Run) -> dict[str, float]:
 
 
 def measure_cutting(run: Run, folder: Path) -> dict[str, float]:
-    """Time cutting and writing a variant against copying its files, plain and synced, in turn."""
+    """Time cutting and writing a variant against copying its files, in turn.
+
+    Three copies: plain; synced, as variants are; synced and hashed, as variants are too.
+    """
     request = Request(target=Target.SPARSITY, value=0.6)
-    prune(run, request, folder / "variant")
-    cut: list[float] = []
-    copied: list[float] = []
-    synced: list[float] = []
+    variant = folder / "variant"
+    prune(run, request, variant)
+    works: dict[str, Callable[[Path], object]] = {
+        "cut": lambda target: prune(run, request, target),
+        "copy": lambda target: shutil.copytree(variant, target),
+        "synced_copy": lambda target: _copy(variant, target, hashed=False),
+        "hashed_copy": lambda target: _copy(variant, target, hashed=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(_REPEATS):
-        for name, times in (("cut", cut), ("copy", copied), ("sync", synced)):
+        for name, work in works.items():
             target = folder / f"{name}{number}"
             started = time.perf_counter()
-            if name == "cut":
-                prune(run, request, target)
-            else:
-                _copy(folder / "variant", target, sync=name == "sync")
-            times.append(time.perf_counter() - started)
+            work(target)
+            times[name].append(time.perf_counter() - started)
             shutil.rmtree(target)
-    medians = [statistics.median(times) for times in (cut, copied, synced)]
-    return {
-        "cut_ms": 1000 * medians[0],
-        "copy_ms": 1000 * medians[1],
-        "copy_synced_ms": 1000 * medians[2],
-        "cut_per_copy": medians[0] / medians[1],
-        "cut_per_synced_copy": medians[0] / medians[2],
-    }
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    figures = {f"{name}_ms": 1000 * seconds for name, seconds in medians.items()}
+    ratios = {f"cut_per_{name}": medians["cut"] / medians[name] for name in list(works)[1:]}
+    return figures | ratios
 
 
-def _copy(source: Path, target: Path, *, sync: bool) -> None:
+def _copy(source: Path, target: Path, *, hashed: bool) -> None:
     shutil.copytree(source, target)
-    if sync:
-        for path in target.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            if hashed:
+                hashlib.file_digest(file, "sha256")
+            os.fsync(file.fileno())
 
 
 def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:

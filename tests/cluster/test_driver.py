@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
+from cluster.actors import Handle
 from cluster.driver import RayBackend, cpu_share
 from cluster.local_ray import connect
 from tests.cluster.synthetic import (
@@ -57,6 +59,17 @@ def without_place(outcome: Evaluation) -> tuple[object, ...]:
     return outcome.strategy_key, outcome.kl, outcome.kept_fraction, outcome.gradient
 
 
+def dies_soon(handle: Handle) -> bool:
+    """Say whether an actor ends by itself; killing takes effect a moment after it is asked for."""
+    for _ in range(300):
+        try:
+            ray.get(handle.start.remote(), timeout=30)
+        except ray.exceptions.ActorDiedError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 5])
 def test_any_number_of_replicas_asks_and_measures_what_one_process_does(
     store: EvaluationStore, replicas: int
@@ -103,8 +116,7 @@ def test_leaving_the_backend_ends_its_actors_and_no_others(store: EvaluationStor
         handles = [replica.handle for replica in pool._replicas]
         drive(search, pool, store, num_evaluations=4, on_progress=ignore)
     for handle in handles:
-        with pytest.raises(ray.exceptions.ActorDiedError):
-            ray.get(handle.start.remote(), timeout=30)
+        assert dies_soon(handle)
     assert ray.is_initialized(), "the session's Ray was there before"
 
 

@@ -13,39 +13,90 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Final
 
 from unicuco.errors import StorageError, UnicucoError, VariantError
 
 _SUFFIX: Final = ".part"
 _ASIDE: Final = ".old"
+_READ_BYTES: Final = 1 << 20  # at a time, of a file that is being hashed
 
 
 class HashedFile:
-    """A new file that is hashed while it is written; `staged_folder` brings it to the disk."""
+    """A new file whose sha256 is known when it is closed; `staged_folder` brings it to the disk.
+
+    A second thread reads the file back while it grows and hashes it, for hashing takes longer than
+    cutting and writing together; and the disk gets the data while the last of it is hashed.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._num_written = 0
+        self._is_complete = False
+        self._changed = threading.Condition()  # over the two above
         self._digest = hashlib.sha256()
+        self._hasher = threading.Thread(target=self._hash, name="unicuco-hash", daemon=True)
+        self._error: OSError | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append ``data``."""
+        """Append ``data``, which may be overwritten afterwards."""
         view = memoryview(data)
-        self._digest.update(view)
+        num_bytes = len(view)
         while view:
             view = view[os.write(self._descriptor, view) :]
+        with self._changed:
+            self._num_written += num_bytes
+            self._changed.notify()
 
     def __enter__(self) -> HashedFile:
+        self._hasher.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            with self._changed:
+                self._is_complete = True
+                self._changed.notify()
+            if kind is None and self._num_written > _READ_BYTES:
+                os.fsync(self._descriptor)
+        finally:
+            self._hasher.join()
+            os.close(self._descriptor)
+        if self._error is not None and kind is None:
+            raise self._error
 
     def sha256(self) -> str:
-        """Return the digest of everything written, in hexadecimal."""
+        """Return the digest of everything written, in hexadecimal; the file is closed."""
         return self._digest.hexdigest()
+
+    def _hash(self) -> None:
+        buffer = memoryview(bytearray(_READ_BYTES))
+        position = 0
+        try:
+            while missing := self._wait_for_more(position):
+                count = os.preadv(self._descriptor, [buffer[:missing]], position)
+                if not count:
+                    raise OSError(errno.EIO, f"{self._path} was cut short while it was written")
+                self._digest.update(buffer[:count])
+                position += count
+        except OSError as error:
+            self._error = error
+
+    def _wait_for_more(self, position: int) -> int:
+        """Return the bytes there are after ``position``; 0 at the end of the file."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_complete or self._num_written > position)
+            return self._num_written - position
 
 
 @contextlib.contextmanager

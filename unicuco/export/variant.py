@@ -2,9 +2,9 @@
 
 The base's weight files are copied byte for byte except for the sites, whose dropped weights become
 zero on the way through one small buffer: memory stays at one matrix, everything else is
-bit-identical by construction, and the sha256 is taken from the same bytes. Where the files' tensors
-can't be matched to the sites without doubt, the model is loaded in the files' own type, cut and
-saved instead. What this module does not know: how a strategy was found.
+bit-identical by construction, and the sha256 is taken of the file while it grows. Where the files'
+tensors can't be matched to the sites without doubt, the model is loaded in the files' own type, cut
+and saved instead. What this module does not know: how a strategy was found.
 """
 
 from __future__ import annotations

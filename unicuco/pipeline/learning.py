@@ -30,7 +30,7 @@ from unicuco.pipeline.pictures import draw_front, draw_strategies
 from unicuco.pipeline.preparation import Prepared, prepare
 from unicuco.pipeline.run import FORMAT, MANIFEST, Run, profile_document
 from unicuco.search import learn_network
-from unicuco.search.drive import Progress, drive
+from unicuco.search.drive import AskTell, Pool, Progress, drive
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.stratnet import StratNet, StratNetAllocator
 from unicuco.surrogate import GaussianProcess, Intervals
@@ -152,12 +152,18 @@ def _evaluate(
 ) -> None:
     if sum(1 for _ in store.read()) >= options.num_evaluations:
         return
-    started = time.perf_counter()
-    arrays = {**prepared.model_arrays(), **prepared.text_arrays(prepared.texts.search)}
-    _record_dense("search", prepared.texts.search, store, time.perf_counter() - started)
     with backend:
-        search, pool = backend.start(prepared.evaluator, arrays, prepared.search)
+        search, pool = _start(backend, prepared, store)
         drive(search, pool, store, num_evaluations=options.num_evaluations, on_progress=progress)
+
+
+def _start(backend: Backend, prepared: Prepared, store: EvaluationStore) -> tuple[AskTell, Pool]:
+    """Start the backend; the dense predictions, large as they are, are then its own alone."""
+    text = prepared.texts.search
+    started = time.perf_counter()
+    arrays = {**prepared.model_arrays(), **prepared.text_arrays(text)}
+    _record_dense("search", text, store, time.perf_counter() - started)
+    return backend.start(prepared.evaluator, arrays, prepared.search)
 
 
 def _record_dense(name: str, text: TokenSet, store: EvaluationStore, seconds: float) -> None:
