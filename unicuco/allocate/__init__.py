@@ -12,8 +12,10 @@ from typing import Final
 from unicuco.allocate.alphapruning import AlphaPruning
 from unicuco.allocate.base import AllocationContext, Allocator
 from unicuco.allocate.curves import AxisCurves
+from unicuco.allocate.dsa import DSA
 from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
+from unicuco.allocate.layerif import LayerIF
 from unicuco.allocate.owl import OWL
 from unicuco.allocate.uniform import Uniform
 
@@ -22,10 +24,13 @@ ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "fisher": Fisher,
     "owl": OWL,
     "alphapruning": AlphaPruning,
+    "dsa": DSA,
+    "layerif": LayerIF,
 }
 
 __all__ = [
     "ALLOCATORS",
+    "DSA",
     "OWL",
     "AllocationContext",
     "Allocator",
@@ -33,6 +38,7 @@ __all__ = [
     "AxisCurves",
     "Evidence",
     "Fisher",
+    "LayerIF",
     "TextPart",
     "TextSource",
     "Uniform",
