@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Final
 
 from unicuco.allocate.alphapruning import AlphaPruning
-from unicuco.allocate.base import AllocationContext, Allocator
+from unicuco.allocate.base import AllocationContext, Allocator, RowAllocator
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.dsa import DSA
 from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
 from unicuco.allocate.layerif import LayerIF
 from unicuco.allocate.owl import OWL
+from unicuco.allocate.trim import Trim
 from unicuco.allocate.uniform import Uniform
 
 ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
@@ -26,6 +27,7 @@ ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "alphapruning": AlphaPruning,
     "dsa": DSA,
     "layerif": LayerIF,
+    "trim": Trim,
 }
 
 __all__ = [
@@ -39,7 +41,9 @@ __all__ = [
     "Evidence",
     "Fisher",
     "LayerIF",
+    "RowAllocator",
     "TextPart",
     "TextSource",
+    "Trim",
     "Uniform",
 ]
