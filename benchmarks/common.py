@@ -3,25 +3,58 @@
 from __future__ import annotations
 
 import json
+import operator
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import torch
 
-from unicuco.allocate import AllocationContext
 from unicuco.evaluate import LocalEvaluator
 from unicuco.models import load_tokenizer
 from unicuco.pipeline import LearnOptions
-from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.preparation import Prepared, allocation_context, prepare
 from unicuco.pipeline.texts import test_windows
 from unicuco.types import Strategy
 
 RESULTS = Path(__file__).parent / "results"
+
+
+_RELATIONS: Final[dict[str, Callable[[float, float], bool]]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One acceptance test as measured: ``bound`` is a relation and a number, or empty."""
+
+    method: str
+    test: str
+    figure: float
+    bound: str
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the bound is met; none where there is none."""
+        if not self.bound:
+            return None
+        relation, limit = self.bound.split()
+        return _RELATIONS[relation](self.figure, float(limit))
+
+    @property
+    def verdict(self) -> str:
+        """The table's last column."""
+        return {None: "", True: "met", False: "MISSED"}[self.passed]
 
 
 class Bench:
@@ -51,12 +84,11 @@ class Bench:
         tokenizer = load_tokenizer(self.prepared.loaded.folder)
         test = test_windows(tokenizer, None, tokens=test_tokens, context=self.prepared.context)
         config = replace(self.prepared.evaluator, text_digest=test.digest)
-        self.test_judge = LocalEvaluator(config, {**self.arrays, **self.prepared.text_arrays(test)})
+        self.test_arrays = {**self.arrays, **self.prepared.text_arrays(test)}
+        self.test_judge = LocalEvaluator(config, self.test_arrays)
         self.test_tokens = test.num_tokens
         self.space = self.prepared.space
-        self.context = AllocationContext(
-            space=self.space, curves=self.prepared.search.axis_curves()
-        )
+        self.context = allocation_context(self.prepared)
 
     def test_kl(self, strategies: Sequence[Strategy]) -> list[float]:
         """Return the KL of strategies on the test text."""

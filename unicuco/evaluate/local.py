@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 from unicuco.dimensions import Granularity, build_cost
 from unicuco.errors import EvaluationError
 from unicuco.evaluate.rank_window import site_derivative
+from unicuco.levels import LevelDatabase
 from unicuco.models import build_skeleton, site_module
 from unicuco.objectives import DenseReference
+from unicuco.pruners import LevelPruner
 from unicuco.ranks import cut
+from unicuco.rows import RowRule
 from unicuco.types import Evaluation, ModelProfile, Site, Strategy
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -46,7 +50,8 @@ class EvaluatorConfig:
     """What an evaluator needs besides its arrays; small, and the same on every node.
 
     ``model_config`` is the model's configuration as JSON; ``threads`` are torch threads (0: leave
-    as they are).
+    as they are). ``levels`` is the folder of a level database that sites are taken from instead of
+    being cut by the rank store; such evaluators know no derivatives and no row rules.
     """
 
     model_config: str
@@ -55,6 +60,7 @@ class EvaluatorConfig:
     granularity: Granularity
     text_digest: str
     threads: int = 0
+    levels: str = ""
 
 
 class LocalEvaluator:
@@ -90,7 +96,11 @@ class LocalEvaluator:
             site.path: _oriented(state[f"{site.path}.weight"], site)
             for site in config.profile.sites
         }
+        self._levels = (
+            LevelPruner(LevelDatabase(Path(config.levels)), self._dense) if config.levels else None
+        )
         self._dropped: dict[str, int] = dict.fromkeys(self._dense, 0)
+        self._rows: dict[str, Tensor | None] = {}
 
     @classmethod
     def from_arrays(cls, config: EvaluatorConfig, arrays: Arrays) -> LocalEvaluator:
@@ -98,7 +108,12 @@ class LocalEvaluator:
         return cls(config, arrays)
 
     def evaluate(
-        self, strategy: Strategy, *, tokens: int | None = None, derivatives: bool = False
+        self,
+        strategy: Strategy,
+        *,
+        tokens: int | None = None,
+        derivatives: bool = False,
+        rows: RowRule | None = None,
     ) -> Evaluation:
         """Measure one strategy.
 
@@ -106,21 +121,25 @@ class LocalEvaluator:
             strategy: of the space that the configuration describes.
             tokens: use only the text's first windows, at least this many tokens; none: all.
             derivatives: also return the derivative of the KL along every axis (sparsity axes only).
+            rows: how a site's dropped weights are spread over its rows; none: equally.
 
         Returns:
             The evaluation; ``cost_units`` is relative to one forward pass over the whole text.
 
         Raises:
             EvaluationError: the KL or a derivative is not finite.
-            ValueError: derivatives are asked of a space with other axes than sparsity.
+            ValueError: derivatives are asked of a space with other axes than sparsity, under a row
+                rule or of levels, or a row rule of levels.
         """
+        if derivatives and (rows is not None or self._levels is not None):
+            raise ValueError("there are no derivatives under a row rule or of levels")
         if derivatives and self.config.dimensions != ("sparsity",):
             raise ValueError(
                 f"only sparsity has derivatives, the axes are {', '.join(self.config.dimensions)}"
             )
         started = time.perf_counter()
         ids = self._windows(tokens)
-        self._load(strategy)
+        self._load(strategy, rows)
         kl = self._run(ids, derivatives)
         gradient = self._gradient() if derivatives else None
         if not all(map(math.isfinite, (kl, *(gradient or ())))):
@@ -141,9 +160,9 @@ class LocalEvaluator:
             wall_s=time.perf_counter() - started,
         )
 
-    def window_kl(self, strategy: Strategy) -> Tensor:
+    def window_kl(self, strategy: Strategy, *, rows: RowRule | None = None) -> Tensor:
         """Return the mean KL per token of every window of the text, ``n`` float64."""
-        self._load(strategy)
+        self._load(strategy, rows)
         width = self._ids.shape[1]
         means = []
         with torch.no_grad():
@@ -159,23 +178,31 @@ class LocalEvaluator:
             return self._ids
         return self._ids[: max(1, math.ceil(tokens / self._ids.shape[1]))]
 
-    def _load(self, strategy: Strategy) -> None:
+    def _load(self, strategy: Strategy, rows: RowRule | None) -> None:
         """Bring the working copy to a strategy, cutting only the sites that change."""
+        if rows is not None and self._levels is not None:
+            raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
         drops = self._cost.site_drops(strategy.values)
         with torch.no_grad():
             for site in self.config.profile.sites:
-                if drops[site.path] != self._dropped[site.path]:
-                    target = _oriented(_weight(self._model, site).data, site)
-                    self._cut(site.path, drops[site.path], target)
+                offsets = None if rows is None else rows.of(site.path)
+                same = drops[site.path] == self._dropped[site.path]
+                if not (same and offsets is None and self._rows.get(site.path) is None):
+                    self._cut(site, drops[site.path], offsets)
+                self._rows[site.path] = offsets
         self._dropped = drops
         self._cost.apply(self._model, strategy.values)
 
-    def _cut(self, path: str, num_dropped: int, target: Tensor) -> None:
+    def _cut(self, site: Site, num_dropped: int, rows: Tensor | None) -> None:
+        path = site.path
+        target = _oriented(_weight(self._model, site).data, site)
         dense = self._dense[path]
-        if dense.dtype == target.dtype:
-            cut(dense, self._ranks[path], num_dropped, out=target)
+        if self._levels is not None:
+            target.copy_(self._levels.materialise(site, num_dropped))
+        elif dense.dtype == target.dtype:
+            cut(dense, self._ranks[path], num_dropped, rows=rows, out=target)
         else:  # weights that are kept in half precision are computed with in float32
-            target.copy_(cut(dense, self._ranks[path], num_dropped))
+            target.copy_(cut(dense, self._ranks[path], num_dropped, rows=rows))
 
     def _run(self, ids: Tensor, derivatives: bool) -> float:
         """Return the mean KL per token; with derivatives, leave gradients on the site weights."""

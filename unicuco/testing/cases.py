@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from unicuco.allocate import AllocationContext, AxisCurves
+from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig, LocalEvaluator, dense_reference
@@ -18,7 +19,7 @@ from unicuco.evaluate.local import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
 from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.models import LoadedModel, load_model, load_tokenizer, quiet_transformers
-from unicuco.ranks import build_ranks
+from unicuco.ranks import RankStore, build_ranks
 from unicuco.space import StrategySpace
 from unicuco.testing.tiny import tiny_model_folder
 
@@ -26,12 +27,13 @@ _LEARNING_RATE: Final = 3e-3
 _BATCH: Final = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationCase:
     """A model, its drop order and a text: what an evaluator and a search are built from."""
 
     loaded: LoadedModel
     tokens: TokenSet
+    calibration: TokenSet
     ranks: Mapping[str, Tensor]
     fisher: Mapping[str, Tensor]
     config: EvaluatorConfig
@@ -41,12 +43,37 @@ class EvaluationCase:
 
     @property
     def context(self) -> AllocationContext:
-        """What one-shot allocators look at."""
-        return AllocationContext(space=self.space, curves=self.curves)
+        """What one-shot allocators look at, the model itself included; the same at every call."""
+        return _context(self)
 
     def evaluator(self) -> LocalEvaluator:
         """Build an evaluator of its own."""
         return LocalEvaluator.from_arrays(self.config, self.arrays)
+
+
+@cache
+def _context(case: EvaluationCase) -> AllocationContext:
+    return AllocationContext(
+        space=case.space,
+        curves=case.curves,
+        evidence=Evidence(
+            loaded=case.loaded,
+            ranks=RankStore(metric="wanda", ranks=case.ranks),
+            granularity=case.config.granularity,
+            calibration=case.calibration,
+            texts=RandomTexts(),
+            seed=0,
+        ),
+    )
+
+
+class RandomTexts:
+    """A `TextSource` of random tokens that every tiny model knows."""
+
+    def windows(self, part: TextPart, *, tokens: int, context: int) -> TokenSet:
+        """Return seeded windows, the same for equal arguments."""
+        seed = 100 + list(TextPart).index(part)
+        return random_tokens(seed=seed, num_windows=tokens // context, context=context)
 
 
 def make_evaluation_case(
@@ -87,6 +114,7 @@ def make_evaluation_case(
     return EvaluationCase(
         loaded=loaded,
         tokens=tokens,
+        calibration=calibration,
         ranks=ranks,
         fisher=fisher,
         config=config,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +10,27 @@ from torch import Tensor
 
 from unicuco.allocate import (
     ALLOCATORS,
+    DSA,
+    OWL,
     AllocationContext,
     Allocator,
+    AlphaPruning,
     AxisCurves,
+    Evidence,
     Fisher,
+    LayerIF,
+    TextPart,
+    Trim,
     Uniform,
 )
+from unicuco.allocate.layerif import InfluenceScores, LayerIFOptions, measure_influence
 from unicuco.dimensions import Granularity, build_space
+from unicuco.errors import TextError
+from unicuco.pipeline import LearnOptions
+from unicuco.pipeline.preparation import allocation_context, prepare
+from unicuco.ranks import rank_rows
 from unicuco.stratnet import NetKind, StratNet, StratNetAllocator
-from unicuco.testing.allocator import AllocatorContract, make_context
+from unicuco.testing.allocator import AllocatorContract, make_context, make_evidence_context
 from unicuco.testing.cases import EvaluationCase
 from unicuco.testing.profiles import make_profile
 
@@ -30,9 +44,68 @@ class TestUniform(AllocatorContract):
 
 class TestFisher(AllocatorContract):
     name = "fisher"
+    sees_sensitivity = True
 
     def make(self, context: AllocationContext) -> Allocator:
         return Fisher(context)
+
+
+class TestOWL(AllocatorContract):
+    name = "owl"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return OWL(context)
+
+
+class TestAlphaPruning(AllocatorContract):
+    name = "alphapruning"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return AlphaPruning(context)
+
+
+class TestDSA(AllocatorContract):
+    name = "dsa"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return DSA(context)
+
+
+class TestLayerIF(AllocatorContract):
+    name = "layerif"
+    needs_evidence = True
+    sees_sensitivity = True
+    options = LayerIFOptions(train_items=150, validation_items=48, item_tokens=50)
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return LayerIF(context, self.options, scores=self.measured(context))
+
+    def measured(self, context: AllocationContext) -> InfluenceScores | None:
+        """Measure every model once for all tests; contexts without a model are left alone."""
+        evidence = context.evidence
+        if evidence is None:
+            return None
+        return _influence(evidence)
+
+
+class TestTrim(AllocatorContract):
+    name = "trim"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return Trim(context)
+
+
+@cache
+def _influence(evidence: Evidence) -> InfluenceScores:
+    return measure_influence(evidence, TestLayerIF.options)
 
 
 class TestStratNet(AllocatorContract):
@@ -50,7 +123,7 @@ class TestStratNetOfPreferences(TestStratNet):
 def test_every_registered_allocator_has_a_contract_test() -> None:
     contracts = {kind.name for kind in AllocatorContract.__subclasses__()}
     assert set(ALLOCATORS) <= contracts
-    context = make_context(Granularity.LAYER)
+    context = make_evidence_context(Granularity.LAYER)
     assert all(make(context).name == name for name, make in ALLOCATORS.items())
 
 
@@ -171,3 +244,35 @@ def test_slopes_are_the_derivatives_of_values() -> None:
 def test_a_table_of_curves_is_finite_and_two_dimensional(table: Tensor) -> None:
     with pytest.raises(ValueError, match="finite d x m"):
         AxisCurves(table)
+
+
+# --- evidence -----------------------------------------------------------------------------------
+
+
+def test_evidence_collects_input_norms_once_and_scores_as_the_drop_order_was_made(
+    case: EvaluationCase,
+) -> None:
+    evidence = case.context.require_evidence("test")
+    assert evidence.input_norms is evidence.input_norms
+    for site in evidence.profile.sites:
+        assert torch.equal(rank_rows(evidence.scores(site)), case.ranks[site.path])
+
+
+def test_evidence_gives_other_windows_of_the_texts_that_learning_may_read(
+    tiny_llama: Path, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    options = LearnOptions(
+        model=str(tiny_llama), out=tmp_path, calibration=tiny_text_file, tokens=256
+    )
+    prepared = prepare(options, tmp_path, lambda step: None)
+    context = allocation_context(prepared)
+    evidence = context.require_evidence("test")
+    assert context.space.names == prepared.space.names
+    assert torch.equal(context.curves.table, prepared.search.curves)
+    again = evidence.texts.windows(TextPart.CALIBRATION, tokens=256, context=64)
+    assert again.digest == evidence.calibration.digest
+    other = evidence.texts.windows(TextPart.SEARCH, tokens=256, context=64)
+    assert other.digest == prepared.texts.search.digest
+    assert evidence.texts.windows(TextPart.SEARCH, tokens=60, context=10).ids.shape == (6, 10)
+    with pytest.raises(TextError, match="tokens and"):
+        evidence.texts.windows(TextPart.SEARCH, tokens=10**6, context=10)
