@@ -49,6 +49,7 @@ class LearnConfig(BaseModel):
     shards: int = 1
     threads: int = 1
     calibration: str | None = None
+    calibration_sampling: str = "even"
     tokens: int = 3072
     context: int | None = None
     seed: int = 0
@@ -103,6 +104,7 @@ class LearnConfig(BaseModel):
             replicas=self.replicas,
             shards=self.shards,
             calibration=None if self.calibration is None else Path(self.calibration),
+            calibration_sampling=self.calibration_sampling,
             tokens=self.tokens,
             context=self.context,
             seed=self.seed,

@@ -62,6 +62,14 @@ def learn(
         Path | None,
         typer.Option("--calibration", help="Plain UTF-8 text.", rich_help_panel=_TEXT),
     ] = None,
+    calibration_sampling: Annotated[
+        str,
+        typer.Option(
+            "--calibration-sampling",
+            help="even: spread over the text; clustered: equally many per kind of window.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = "even",
     tokens: Annotated[
         int,
         typer.Option("--tokens", min=1, help="Tokens per evaluation.", rich_help_panel=_TEXT),
@@ -103,6 +111,7 @@ def learn(
             replicas=replicas,
             shards=shards,
             calibration=calibration,
+            calibration_sampling=calibration_sampling,
             tokens=tokens,
             context=context,
             seed=seed,

@@ -11,6 +11,7 @@ from unicuco.dimensions import DIMENSIONS, Granularity
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY
 from unicuco.errors import RequestError
 from unicuco.importance import METRICS
+from unicuco.sampling import Sampling
 from unicuco.search import SEARCHES
 from unicuco.search.drive import Progress
 
@@ -30,7 +31,7 @@ class LearnOptions:
 
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
     are tokens per evaluation; ``context`` tokens per window (none: the model's own, at most 512);
-    ``max_sparsity`` the highest sparsity over sites that is learned.
+    ``calibration_sampling`` how calibration windows are chosen from their text; ``max_sparsity`` the highest sparsity over sites that is learned.
 
     Raises:
         RequestError: an option outside its range, or an unknown name.
@@ -46,6 +47,7 @@ class LearnOptions:
     replicas: int = 1
     shards: int = 1
     calibration: Path | None = None
+    calibration_sampling: str = "even"
     tokens: int = 3072
     context: int | None = None
     seed: int = 0
@@ -56,6 +58,7 @@ class LearnOptions:
         _one_of("pruner", self.pruner, METRICS)
         _one_of("granularity", self.granularity, Granularity)
         _one_of("preset", self.preset, SEARCHES)
+        _one_of("calibration-sampling", self.calibration_sampling, Sampling)
         for name in self.dimensions:
             _one_of("dimensions", name, DIMENSIONS)
         if self.dimensions != ("sparsity",):
@@ -88,6 +91,9 @@ class LearnOptions:
 
         A resumed run must agree on it.
         """
+        # The default goes unnamed, so that runs from before there was a choice can go on.
+        sampling = self.calibration_sampling
+        chosen = {} if sampling == Sampling.EVEN else {"calibration_sampling": sampling}
         return {
             "pruner": self.pruner,
             "granularity": self.granularity,
@@ -97,6 +103,7 @@ class LearnOptions:
             "context": self.context,
             "seed": self.seed,
             "max_sparsity": self.max_sparsity,
+            **chosen,
         }
 
 
