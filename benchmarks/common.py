@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from unicuco.allocate import AllocationContext
 from unicuco.evaluate import LocalEvaluator
 from unicuco.models import load_tokenizer
 from unicuco.pipeline import LearnOptions
-from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.preparation import Prepared, allocation_context, prepare
 from unicuco.pipeline.texts import test_windows
 from unicuco.types import Strategy
 
@@ -54,9 +53,7 @@ class Bench:
         self.test_judge = LocalEvaluator(config, {**self.arrays, **self.prepared.text_arrays(test)})
         self.test_tokens = test.num_tokens
         self.space = self.prepared.space
-        self.context = AllocationContext(
-            space=self.space, curves=self.prepared.search.axis_curves()
-        )
+        self.context = allocation_context(self.prepared)
 
     def test_kl(self, strategies: Sequence[Strategy]) -> list[float]:
         """Return the KL of strategies on the test text."""

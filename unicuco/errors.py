@@ -62,6 +62,10 @@ class EvaluationError(UnicucoError):
         self.strategy_key = strategy_key
 
 
+class AllocationError(UnicucoError):
+    """An allocator lacks what it needs, or what it measured is unusable (NaN, too large)."""
+
+
 class SurrogateError(UnicucoError):
     """The surrogate can't be fitted, e.g. too few successful evaluations."""
 

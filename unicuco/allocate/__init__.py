@@ -11,6 +11,7 @@ from typing import Final
 
 from unicuco.allocate.base import AllocationContext, Allocator
 from unicuco.allocate.curves import AxisCurves
+from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
 from unicuco.allocate.uniform import Uniform
 
@@ -19,4 +20,14 @@ ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "fisher": Fisher,
 }
 
-__all__ = ["ALLOCATORS", "AllocationContext", "Allocator", "AxisCurves", "Fisher", "Uniform"]
+__all__ = [
+    "ALLOCATORS",
+    "AllocationContext",
+    "Allocator",
+    "AxisCurves",
+    "Evidence",
+    "Fisher",
+    "TextPart",
+    "TextSource",
+    "Uniform",
+]

@@ -7,16 +7,36 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from unicuco.allocate.curves import AxisCurves
+from unicuco.allocate.evidence import Evidence
+from unicuco.errors import AllocationError
 from unicuco.space import StrategySpace
 from unicuco.types import Strategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocationContext:
-    """What one-shot allocators may look at: the space, and what each axis alone should cost."""
+    """What one-shot allocators may look at.
+
+    That is the space, what each axis alone should cost, and, where the model is at hand, evidence
+    of it.
+    """
 
     space: StrategySpace
     curves: AxisCurves
+    evidence: Evidence | None = None
+
+    def require_evidence(self, name: str) -> Evidence:
+        """Return the evidence that the allocator ``name`` can't do without.
+
+        Raises:
+            AllocationError: there is none.
+        """
+        if self.evidence is None:
+            raise AllocationError(
+                f"{name} looks at the model's weights and calibration text, which are not at "
+                "hand here; give the model, or take uniform or fisher"
+            )
+        return self.evidence
 
 
 class Allocator(Protocol):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
-from unicuco.allocate import ALLOCATORS, AllocationContext
+from unicuco.allocate import ALLOCATORS
 from unicuco.evaluate import LocalEvaluator
 from unicuco.export import write_variant
 from unicuco.pipeline import LearnOptions, Run
-from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.preparation import Prepared, allocation_context, prepare
 from unicuco.search.evolution import Evolution, EvolutionOptions
 from unicuco.types import Plan, Request, ServedAs, Strategy, Target
 
@@ -58,10 +58,8 @@ class Rivals:
 
     def strategy(self, name: str, sparsity: float) -> Strategy:
         """Return what an allocator answers to a sparsity."""
-        context = AllocationContext(
-            space=self._run.planner.space, curves=self._prepared.search.axis_curves()
-        )
-        (strategy,) = ALLOCATORS[name](context).allocate([sparsity])
+        allocator = ALLOCATORS[name](allocation_context(self._prepared))
+        (strategy,) = allocator.allocate([sparsity])
         return strategy
 
     def cut(self, name: str, sparsity: float, out: Path) -> Path:

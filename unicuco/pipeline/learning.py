@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from unicuco.allocate import ALLOCATORS, AllocationContext
+from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RunError, StorageError
 from unicuco.evaluate import LocalEvaluator
@@ -27,7 +27,7 @@ from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.files import file_digest, save_json, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.pictures import draw_front, draw_strategies
-from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.preparation import Prepared, allocation_context, prepare
 from unicuco.pipeline.run import FORMAT, MANIFEST, Run, profile_document
 from unicuco.search import learn_network
 from unicuco.search.drive import Progress, drive
@@ -197,7 +197,7 @@ def _validate(
             targets, StratNetAllocator(net, space).allocate(targets), strict=True
         )
     ]
-    context = AllocationContext(space=space, curves=prepared.search.axis_curves())
+    context = allocation_context(prepared)
     rivals = [sparsity for sparsity in _RIVAL_SPARSITIES if sparsity <= high]
     for name in ("uniform", "fisher"):
         strategies = ALLOCATORS[name](context).allocate(rivals)

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from unicuco.allocate import AxisCurves
+from unicuco.allocate import AllocationContext, AxisCurves, Evidence
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig, dense_reference
@@ -26,7 +26,12 @@ from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.models import LoadedModel, load_model, load_tokenizer
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
-from unicuco.pipeline.texts import LearningTexts, learning_texts, window_length
+from unicuco.pipeline.texts import (
+    LearningSource,
+    LearningTexts,
+    learning_texts,
+    window_length,
+)
 from unicuco.ranks import RankStore, build_ranks
 from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
@@ -47,6 +52,7 @@ class Prepared:
 
     loaded: LoadedModel
     texts: LearningTexts
+    source: LearningSource
     ranks: RankStore
     fisher: dict[str, Tensor]
     evaluator: EvaluatorConfig
@@ -66,6 +72,22 @@ class Prepared:
     def text_arrays(self, text: TokenSet) -> Arrays:
         """Return a text's arrays for evaluators; runs the dense model once over it."""
         return pack_text(text.ids, dense_reference(self.loaded.model, text.ids))
+
+
+def allocation_context(prepared: Prepared) -> AllocationContext:
+    """Return what allocators may look at, evidence of the model included."""
+    return AllocationContext(
+        space=prepared.space,
+        curves=prepared.search.axis_curves(),
+        evidence=Evidence(
+            loaded=prepared.loaded,
+            ranks=prepared.ranks,
+            granularity=prepared.search.granularity,
+            calibration=prepared.texts.calibration,
+            texts=prepared.source,
+            seed=prepared.search.seed,
+        ),
+    )
 
 
 def prepare(
@@ -99,6 +121,7 @@ def prepare(
     return Prepared(
         loaded=loaded,
         texts=texts,
+        source=LearningSource(tokenizer=tokenizer, source=options.calibration),
         ranks=ranks,
         fisher=fisher,
         context=context,

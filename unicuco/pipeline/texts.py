@@ -13,11 +13,13 @@ from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
+from unicuco.allocate import TextPart
 from unicuco.calibration import TokenSet, read_text, token_windows
 from unicuco.errors import TextError
-from unicuco.reference.corpus import held_out_text
+from unicuco.reference.corpus import TextName, held_out_text
 
 _MAX_CONTEXT: Final = 512
+_PARTS: Final[tuple[TextName, ...]] = ("calibration", "search", "validation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,26 @@ class LearningTexts:
         """One digest of all three."""
         parts = f"{self.calibration.digest}{self.search.digest}{self.validation.digest}"
         return hashlib.sha256(parts.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningSource:
+    """A model's tokenizer with the file that its texts are cut from; none: the reference corpus.
+
+    The `TextSource` of allocators.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    source: Path | None
+
+    def windows(self, part: TextPart, *, tokens: int, context: int) -> TokenSet:
+        """Return windows of the calibration or search text.
+
+        Raises:
+            TextError: the text can't be read or is too short.
+        """
+        text = dict(zip(_PARTS, _part_texts(self.source), strict=True))[part.value]
+        return token_windows(self.tokenizer, text, tokens=tokens, context=context)
 
 
 def window_length(max_context: int, wanted: int | None) -> int:
@@ -63,12 +85,7 @@ def learning_texts(
     Raises:
         TextError: the source can't be read or is too short.
     """
-    if source is None:
-        parts = [held_out_text("calibration"), held_out_text("search"), held_out_text("validation")]
-    else:
-        whole = read_text(source)
-        third = len(whole) // 3
-        parts = [whole[:third], whole[third : 2 * third], whole[2 * third :]]
+    parts = _part_texts(source)
     try:
         sets = [token_windows(tokenizer, part, tokens=tokens, context=context) for part in parts]
     except TextError as error:
@@ -79,6 +96,14 @@ def learning_texts(
             f"and a third of it is too short: {error}"
         ) from error
     return LearningTexts(calibration=sets[0], search=sets[1], validation=sets[2])
+
+
+def _part_texts(source: Path | None) -> list[str]:
+    if source is None:
+        return [held_out_text(part) for part in _PARTS]
+    whole = read_text(source)
+    third = len(whole) // 3
+    return [whole[:third], whole[third : 2 * third], whole[2 * third :]]
 
 
 def test_windows(

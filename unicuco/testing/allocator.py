@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import pytest
@@ -12,8 +15,10 @@ import torch
 
 from unicuco.allocate import AllocationContext, Allocator, AxisCurves
 from unicuco.dimensions import Granularity, build_space
-from unicuco.errors import InfeasibleRequestError
+from unicuco.errors import AllocationError, InfeasibleRequestError
+from unicuco.testing.cases import make_evaluation_case
 from unicuco.testing.profiles import make_profile
+from unicuco.testing.tiny import tiny_model_folder
 
 SPARSITIES: Final = (0.0, 0.05, 0.3, 0.5, 0.501, 0.6, 0.8, 0.9)
 _PROFILE: Final = make_profile([[(40, 60), (80, 30)], [(50, 50), (20, 90)], [(60, 60)]])
@@ -31,10 +36,22 @@ def make_context(granularity: Granularity) -> AllocationContext:
     return AllocationContext(space=space, curves=AxisCurves(table))
 
 
+@cache
+def make_evidence_context(granularity: Granularity) -> AllocationContext:
+    """Return a context with evidence: a random Llama of 4 blocks and its calibration text."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model_folder(Path(folder), "llama", num_blocks=4, tied=True)
+        return make_evaluation_case(Path(folder), granularity=granularity).context
+
+
 class AllocatorContract:
-    """What every allocator satisfies; subclasses say how one is made."""
+    """What every allocator satisfies; subclasses say how one is made.
+
+    ``needs_evidence``: it looks at the model, and refuses a context without evidence.
+    """
 
     name: ClassVar[str]
+    needs_evidence: ClassVar[bool] = False
 
     def make(self, context: AllocationContext) -> Allocator:
         """Return a fresh allocator."""
@@ -42,7 +59,17 @@ class AllocatorContract:
 
     @pytest.fixture(params=list(Granularity), ids=str)
     def context(self, request: Any) -> AllocationContext:
-        return make_context(Granularity(request.param))
+        make = make_evidence_context if self.needs_evidence else make_context
+        return make(Granularity(request.param))
+
+    def test_refuses_a_context_without_the_evidence_it_needs(
+        self, context: AllocationContext
+    ) -> None:
+        if self.needs_evidence:
+            with pytest.raises(AllocationError, match=f"{self.name} looks at the model"):
+                self.make(replace(context, evidence=None))
+        else:
+            assert self.make(replace(context, evidence=None)).name == self.name
 
     def test_has_its_name(self, context: AllocationContext) -> None:
         assert self.make(context).name == self.name

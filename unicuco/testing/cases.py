@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from unicuco.allocate import AllocationContext, AxisCurves
+from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig, LocalEvaluator, dense_reference
@@ -18,7 +18,7 @@ from unicuco.evaluate.local import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
 from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.models import LoadedModel, load_model, load_tokenizer, quiet_transformers
-from unicuco.ranks import build_ranks
+from unicuco.ranks import RankStore, build_ranks
 from unicuco.space import StrategySpace
 from unicuco.testing.tiny import tiny_model_folder
 
@@ -32,6 +32,7 @@ class EvaluationCase:
 
     loaded: LoadedModel
     tokens: TokenSet
+    calibration: TokenSet
     ranks: Mapping[str, Tensor]
     fisher: Mapping[str, Tensor]
     config: EvaluatorConfig
@@ -41,12 +42,32 @@ class EvaluationCase:
 
     @property
     def context(self) -> AllocationContext:
-        """What one-shot allocators look at."""
-        return AllocationContext(space=self.space, curves=self.curves)
+        """What one-shot allocators look at, the model itself included."""
+        return AllocationContext(
+            space=self.space,
+            curves=self.curves,
+            evidence=Evidence(
+                loaded=self.loaded,
+                ranks=RankStore(metric="wanda", ranks=self.ranks),
+                granularity=self.config.granularity,
+                calibration=self.calibration,
+                texts=RandomTexts(),
+                seed=0,
+            ),
+        )
 
     def evaluator(self) -> LocalEvaluator:
         """Build an evaluator of its own."""
         return LocalEvaluator.from_arrays(self.config, self.arrays)
+
+
+class RandomTexts:
+    """A `TextSource` of random tokens that every tiny model knows."""
+
+    def windows(self, part: TextPart, *, tokens: int, context: int) -> TokenSet:
+        """Return seeded windows, the same for equal arguments."""
+        seed = 100 + list(TextPart).index(part)
+        return random_tokens(seed=seed, num_windows=tokens // context, context=context)
 
 
 def make_evaluation_case(
@@ -87,6 +108,7 @@ def make_evaluation_case(
     return EvaluationCase(
         loaded=loaded,
         tokens=tokens,
+        calibration=calibration,
         ranks=ranks,
         fisher=fisher,
         config=config,

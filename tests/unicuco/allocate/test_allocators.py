@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,16 @@ from unicuco.allocate import (
     Allocator,
     AxisCurves,
     Fisher,
+    TextPart,
     Uniform,
 )
 from unicuco.dimensions import Granularity, build_space
+from unicuco.errors import TextError
+from unicuco.pipeline import LearnOptions
+from unicuco.pipeline.preparation import allocation_context, prepare
+from unicuco.ranks import rank_rows
 from unicuco.stratnet import NetKind, StratNet, StratNetAllocator
-from unicuco.testing.allocator import AllocatorContract, make_context
+from unicuco.testing.allocator import AllocatorContract, make_context, make_evidence_context
 from unicuco.testing.cases import EvaluationCase
 from unicuco.testing.profiles import make_profile
 
@@ -50,7 +56,7 @@ class TestStratNetOfPreferences(TestStratNet):
 def test_every_registered_allocator_has_a_contract_test() -> None:
     contracts = {kind.name for kind in AllocatorContract.__subclasses__()}
     assert set(ALLOCATORS) <= contracts
-    context = make_context(Granularity.LAYER)
+    context = make_evidence_context(Granularity.LAYER)
     assert all(make(context).name == name for name, make in ALLOCATORS.items())
 
 
@@ -171,3 +177,35 @@ def test_slopes_are_the_derivatives_of_values() -> None:
 def test_a_table_of_curves_is_finite_and_two_dimensional(table: Tensor) -> None:
     with pytest.raises(ValueError, match="finite d x m"):
         AxisCurves(table)
+
+
+# --- evidence -----------------------------------------------------------------------------------
+
+
+def test_evidence_collects_input_norms_once_and_scores_as_the_drop_order_was_made(
+    case: EvaluationCase,
+) -> None:
+    evidence = case.context.require_evidence("test")
+    assert evidence.input_norms is evidence.input_norms
+    for site in evidence.profile.sites:
+        assert torch.equal(rank_rows(evidence.scores(site)), case.ranks[site.path])
+
+
+def test_evidence_gives_other_windows_of_the_texts_that_learning_may_read(
+    tiny_llama: Path, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    options = LearnOptions(
+        model=str(tiny_llama), out=tmp_path, calibration=tiny_text_file, tokens=256
+    )
+    prepared = prepare(options, tmp_path, lambda step: None)
+    context = allocation_context(prepared)
+    evidence = context.require_evidence("test")
+    assert context.space.names == prepared.space.names
+    assert torch.equal(context.curves.table, prepared.search.curves)
+    again = evidence.texts.windows(TextPart.CALIBRATION, tokens=256, context=64)
+    assert again.digest == evidence.calibration.digest
+    other = evidence.texts.windows(TextPart.SEARCH, tokens=256, context=64)
+    assert other.digest == prepared.texts.search.digest
+    assert evidence.texts.windows(TextPart.SEARCH, tokens=60, context=10).ids.shape == (6, 10)
+    with pytest.raises(TextError, match="tokens and"):
+        evidence.texts.windows(TextPart.SEARCH, tokens=10**6, context=10)
