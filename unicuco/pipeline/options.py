@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from unicuco.calibration import Sampling
 from unicuco.dimensions import DIMENSIONS, Granularity
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY
 from unicuco.errors import RequestError
 from unicuco.importance import METRICS
-from unicuco.sampling import Sampling
 from unicuco.search import SEARCHES
 from unicuco.search.drive import Progress
 
@@ -31,7 +31,8 @@ class LearnOptions:
 
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
     are tokens per evaluation; ``context`` tokens per window (none: the model's own, at most 512);
-    ``calibration_sampling`` how calibration windows are chosen from their text; ``max_sparsity`` the highest sparsity over sites that is learned.
+    ``calibration_sampling`` how calibration windows are chosen from their text;
+    ``max_sparsity`` the highest sparsity over sites that is learned.
 
     Raises:
         RequestError: an option outside its range, or an unknown name.

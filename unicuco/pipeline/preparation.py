@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from unicuco.allocate import AllocationContext, AxisCurves, Evidence
-from unicuco.calibration import TokenSet, collect_input_norms
+from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
+from unicuco.calibration import Sampling, TokenSet, collect_input_norms, sample_clustered
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig, dense_reference
 from unicuco.evaluate.local import Arrays, pack_model, pack_text
@@ -111,9 +111,12 @@ def prepare(
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
     texts = learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
+    source = LearningSource(tokenizer=tokenizer, source=options.calibration)
+    costs: list[Measurement] = []
+    if options.calibration_sampling == Sampling.CLUSTERED:
+        texts = _clustered(options, loaded, texts, source, costs)
     progress(Progress(stage="load", done=1, total=1))
     check(loaded.profile.digest, texts.digest)
-    costs: list[Measurement] = []
     ranks = _ranks(options, folder, loaded, texts, costs, progress)
     fisher = _fisher(options, folder, loaded, texts, ranks, costs, progress)
     granularity = Granularity(options.granularity)
@@ -121,7 +124,7 @@ def prepare(
     return Prepared(
         loaded=loaded,
         texts=texts,
-        source=LearningSource(tokenizer=tokenizer, source=options.calibration),
+        source=source,
         ranks=ranks,
         fisher=fisher,
         context=context,
@@ -143,6 +146,30 @@ def prepare(
             seed=options.seed,
         ),
     )
+
+
+def _clustered(
+    options: LearnOptions,
+    loaded: LoadedModel,
+    texts: LearningTexts,
+    source: LearningSource,
+    costs: list[Measurement],
+) -> LearningTexts:
+    """Draw the calibration windows anew, by groups, from all windows of their text."""
+    started = time.perf_counter()
+    even = texts.calibration
+    pool = source.pool(TextPart.CALIBRATION, context=even.context)
+    chosen = sample_clustered(loaded.model, pool, len(even.ids), seed=options.seed)
+    costs.append(
+        Measurement(
+            purpose="sampling",
+            tokens=pool.num_tokens,
+            cost_units=pool.num_tokens / texts.search.num_tokens,
+            seconds=time.perf_counter() - started,
+            text_digest=pool.digest,
+        )
+    )
+    return replace(texts, calibration=chosen)
 
 
 def _ranks(

@@ -53,8 +53,14 @@ class LearningSource:
         Raises:
             TextError: the text can't be read or is too short.
         """
-        text = dict(zip(_PARTS, _part_texts(self.source), strict=True))[part.value]
-        return token_windows(self.tokenizer, text, tokens=tokens, context=context)
+        return token_windows(self.tokenizer, self._text(part), tokens=tokens, context=context)
+
+    def pool(self, part: TextPart, *, context: int) -> TokenSet:
+        """Return every full window of the calibration or search text."""
+        return token_windows(self.tokenizer, self._text(part), tokens=None, context=context)
+
+    def _text(self, part: TextPart) -> str:
+        return dict(zip(_PARTS, _part_texts(self.source), strict=True))[part.value]
 
 
 def window_length(max_context: int, wanted: int | None) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unicuco.calibration import TokenSet
+from unicuco.calibration.windows import TokenSet
 from unicuco.errors import TextError
 
 _RESTARTS: Final = 4  # of k-means, the best is kept
@@ -41,9 +41,7 @@ def embed_windows(model: PreTrainedModel, pool: TokenSet) -> Tensor:
     """
     parts = []
     for batch in pool.batches():
-        output = model(
-            input_ids=batch.to(model.device), use_cache=False, output_hidden_states=True
-        )
+        output = model(input_ids=batch.to(model.device), use_cache=False, output_hidden_states=True)
         parts.append(output.hidden_states[-1].float().mean(1).cpu())  # (b, t, h) -> (b, h)
     return torch.cat(parts)
 
