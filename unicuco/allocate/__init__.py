@@ -9,21 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from unicuco.allocate.alphapruning import AlphaPruning
 from unicuco.allocate.base import AllocationContext, Allocator
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
+from unicuco.allocate.owl import OWL
 from unicuco.allocate.uniform import Uniform
 
 ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "uniform": Uniform,
     "fisher": Fisher,
+    "owl": OWL,
+    "alphapruning": AlphaPruning,
 }
 
 __all__ = [
     "ALLOCATORS",
+    "OWL",
     "AllocationContext",
     "Allocator",
+    "AlphaPruning",
     "AxisCurves",
     "Evidence",
     "Fisher",

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from unicuco.allocate import (
     ALLOCATORS,
+    OWL,
     AllocationContext,
     Allocator,
+    AlphaPruning,
     AxisCurves,
     Fisher,
     TextPart,
@@ -36,9 +38,28 @@ class TestUniform(AllocatorContract):
 
 class TestFisher(AllocatorContract):
     name = "fisher"
+    sees_sensitivity = True
 
     def make(self, context: AllocationContext) -> Allocator:
         return Fisher(context)
+
+
+class TestOWL(AllocatorContract):
+    name = "owl"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return OWL(context)
+
+
+class TestAlphaPruning(AllocatorContract):
+    name = "alphapruning"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return AlphaPruning(context)
 
 
 class TestStratNet(AllocatorContract):
