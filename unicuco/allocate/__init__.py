@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from unicuco.allocate.adapmtl import AdapMtl
 from unicuco.allocate.alphapruning import AlphaPruning
 from unicuco.allocate.base import AllocationContext, Allocator
+from unicuco.allocate.besa import Besa
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
+from unicuco.allocate.lua import Lua
 from unicuco.allocate.owl import OWL
 from unicuco.allocate.uniform import Uniform
 
@@ -22,17 +25,23 @@ ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "fisher": Fisher,
     "owl": OWL,
     "alphapruning": AlphaPruning,
+    "besa": Besa,
+    "lua": Lua,
+    "adapmtl": AdapMtl,
 }
 
 __all__ = [
     "ALLOCATORS",
     "OWL",
+    "AdapMtl",
     "AllocationContext",
     "Allocator",
     "AlphaPruning",
     "AxisCurves",
+    "Besa",
     "Evidence",
     "Fisher",
+    "Lua",
     "TextPart",
     "TextSource",
     "Uniform",

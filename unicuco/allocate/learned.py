@@ -64,7 +64,7 @@ def check_finite(name: str, loss: Tensor) -> Tensor:
     """
     if not bool(torch.isfinite(loss)):
         raise AllocationError(
-            f"the loss of {name} became {float(loss)} on the calibration text; "
+            f"the loss of {name} became {float(loss.detach())} on the calibration text; "
             "the model overflows there: give another text or allocator"
         )
     return loss

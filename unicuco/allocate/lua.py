@@ -53,12 +53,12 @@ _HEADER: Final = "unicuco.lua"
 class LuaOptions:
     """AdamW for ``steps`` steps of one window each (published: 500 of 2,048 tokens).
 
-    ``learning_rate`` is that of the published command, ``weight_decay`` and ``budget_weight``
-    (λ) are published too.
+    With fewer steps than published, the rate is larger: 1e-4 (its command) or 1e-3 (its code)
+    there. ``weight_decay`` and ``budget_weight`` (λ) are published.
     """
 
-    steps: int = 500
-    learning_rate: float = 1e-4
+    steps: int = 100
+    learning_rate: float = 1e-2
     weight_decay: float = 0.05
     budget_weight: float = 16.0
 
@@ -82,10 +82,10 @@ class LuaThresholds:
     def row_counts(self, columns: Mapping[str, int]) -> dict[str, Tensor]:
         """Return how many weights every row drops, ``o`` int64, given each site's columns.
 
-        Rank r is kept when σ(r + 1 - i t) rounds to one.
+        Rank r goes when σ(r + 1 - i t) rounds to zero, one half included: when r + 1 <= i t.
         """
         return {
-            path: torch.ceil(columns[path] * t.double() - 1).clamp(0, columns[path]).long()
+            path: torch.floor(columns[path] * t.double()).clamp(0, columns[path]).long()
             for path, t in self.thresholds.items()
         }
 
