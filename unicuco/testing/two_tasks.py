@@ -48,7 +48,7 @@ class TwoTaskModel(nn.Module):
             with torch.no_grad():
                 for name, weight in self.kind_head.named_parameters():
                     if name.endswith("weight"):
-                        weight *= _LARGE_WEIGHTS
+                        weight.mul_(_LARGE_WEIGHTS)
 
     def components(self) -> dict[str, list[str]]:
         """Return the weight matrices of the backbone and of either head."""
