@@ -197,12 +197,16 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A strategy to evaluate, with derivatives or without, and where it stands in the run."""
+    """A strategy to evaluate, with derivatives or without, and where it stands in the run.
+
+    ``tokens`` is its fidelity: how many tokens of the search text to judge it on; none: all.
+    """
 
     round: int
     position: int
     strategy: Strategy
     derivatives: bool
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

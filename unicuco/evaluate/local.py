@@ -17,12 +17,14 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from unicuco.dimensions import Granularity, build_cost
 from unicuco.errors import EvaluationError
@@ -104,7 +106,8 @@ class LocalEvaluator:
 
         Args:
             strategy: of the space that the configuration describes.
-            tokens: use only the text's first windows, at least this many tokens; none: all.
+            tokens: use only the text's first windows, at least this many tokens, or the first
+                tokens of its first window; none: all.
             derivatives: also return the derivative of the KL along every axis (sparsity axes only).
 
         Returns:
@@ -154,10 +157,30 @@ class LocalEvaluator:
                 )
         return torch.stack(means)
 
+    @torch.no_grad()
+    def quality(self, strategy: Strategy) -> tuple[float, float]:
+        """Return the mean KL per token and the mean loss per next token of the text, in nats."""
+        self._load(strategy)
+        kl, loss, position = 0.0, 0.0, 0
+        for window in self._ids.split(1):
+            logits = self._model(input_ids=window, use_cache=False).logits[0].float()  # (t, v)
+            reference = self._reference.slice(position, position + len(logits))
+            kl += float(reference.kl(logits).double().sum())
+            loss += float(cross_entropy(logits[:-1], window[0, 1:], reduction="sum"))
+            position += len(logits)
+        return max(kl / position, 0.0), loss / (position - len(self._ids))
+
+    def model_at(self, strategy: Strategy) -> PreTrainedModel:
+        """Return the working copy of the model at a strategy, until the next one is judged."""
+        self._load(strategy)
+        return cast(PreTrainedModel, self._model)
+
     def _windows(self, tokens: int | None) -> Tensor:
         if tokens is None:
             return self._ids
-        return self._ids[: max(1, math.ceil(tokens / self._ids.shape[1]))]
+        if tokens < self._ids.shape[1]:
+            return self._ids[:1, : max(1, tokens)]  # a causal model predicts the same for them
+        return self._ids[: math.ceil(tokens / self._ids.shape[1])]
 
     def _load(self, strategy: Strategy) -> None:
         """Bring the working copy to a strategy, cutting only the sites that change."""

@@ -65,6 +65,32 @@ EVALUATIONS: Final = Table(
     Index("evaluations_round_position", "round", "position"),
 )
 
+# What a search asked on part of the search text, to decide what deserves all of it.
+SCREENING_ASKS: Final = Table(
+    "screening_asks",
+    METADATA,
+    Column("strategy_key", String(64), primary_key=True),
+    Column("asked_tokens", BigInteger, primary_key=True),
+    Column("round", Integer, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("settings", Text, nullable=False),
+    Column("derivatives", Boolean, nullable=False),
+    UniqueConstraint("round", "position", name="screening_asks_round_position"),
+)
+
+SCREENINGS: Final = Table(
+    "screenings",
+    METADATA,
+    Column("strategy_key", String(64), primary_key=True),
+    Column("asked_tokens", BigInteger, primary_key=True),
+    *(
+        Column(column.name, column.type, nullable=column.nullable)
+        for column in EVALUATIONS.columns
+        if not column.primary_key
+    ),
+    Index("screenings_round_position", "round", "position"),
+)
+
 MEASUREMENTS: Final = Table(
     "measurements",
     METADATA,
@@ -121,8 +147,9 @@ class Measurement:
 
 
 def ask_row(ask: Ask) -> dict[str, object]:
-    """Return the row of table `asks` for one ask."""
-    return {
+    """Return the row of table `asks` for one ask, or of `screening_asks` where it names tokens."""
+    fidelity = {} if ask.tokens is None else {"asked_tokens": ask.tokens}
+    return fidelity | {
         "strategy_key": ask.strategy.key,
         "round": ask.round,
         "position": ask.position,
@@ -132,7 +159,7 @@ def ask_row(ask: Ask) -> dict[str, object]:
 
 
 def outcome_row(ask: Ask, outcome: Outcome, *, finished_at: float) -> dict[str, object]:
-    """Return the row of table `evaluations` for one finished ask.
+    """Return the row of table `evaluations` or `screenings` for one finished ask.
 
     Raises:
         ValueError: the outcome belongs to another strategy than the ask.
@@ -166,7 +193,7 @@ def outcome_row(ask: Ask, outcome: Outcome, *, finished_at: float) -> dict[str, 
 
 
 def row_ask(row: RowMapping) -> Ask:
-    """Read an ask back from a row of `asks` or `evaluations`.
+    """Read an ask back from a row of any of the tables of asks and outcomes.
 
     Raises:
         RunError: the settings are not the ones that the key was made from.
@@ -179,11 +206,12 @@ def row_ask(row: RowMapping) -> Ask:
         position=row["position"],
         strategy=strategy,
         derivatives=bool(row["derivatives"]),
+        tokens=row.get("asked_tokens"),
     )
 
 
 def row_outcome(row: RowMapping) -> Outcome:
-    """Read an outcome back from a row of `evaluations`.
+    """Read an outcome back from a row of `evaluations` or `screenings`.
 
     Raises:
         RunError: the row has values that no evaluation has.
