@@ -14,8 +14,10 @@ from unicuco.allocate.alphapruning import AlphaPruning
 from unicuco.allocate.base import AllocationContext, Allocator
 from unicuco.allocate.besa import Besa
 from unicuco.allocate.curves import AxisCurves
+from unicuco.allocate.dsa import DSA
 from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
+from unicuco.allocate.layerif import LayerIF
 from unicuco.allocate.lua import Lua
 from unicuco.allocate.owl import OWL
 from unicuco.allocate.uniform import Uniform
@@ -28,10 +30,13 @@ ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "besa": Besa,
     "lua": Lua,
     "adapmtl": AdapMtl,
+    "dsa": DSA,
+    "layerif": LayerIF,
 }
 
 __all__ = [
     "ALLOCATORS",
+    "DSA",
     "OWL",
     "AdapMtl",
     "AllocationContext",
@@ -41,6 +46,7 @@ __all__ = [
     "Besa",
     "Evidence",
     "Fisher",
+    "LayerIF",
     "Lua",
     "TextPart",
     "TextSource",

@@ -1,13 +1,14 @@
-"""A model with planted unequal sensitivity: the early blocks carry it, the late ones hardly matter.
+"""A model with planted unequal sensitivity: the first block carries it, the others hardly matter.
 
 A real Llama that the real evaluator judges, made so that every kind of evidence can see the plant.
-Early blocks: weights of nearly equal size, so that any that is dropped is missed, a few outliers
-among them, spectra with a tail. Late blocks: random rotations (bell-shaped weights, flat spectra)
-whose contribution to the residual stream is damped, the more the later.
+First block: weights of nearly equal size, so that any that is dropped is missed, a few outliers
+among them, spectra with a tail. Others: random rotations (bell-shaped weights, flat spectra) whose
+contribution to the residual stream is damped, the more the later.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,13 +26,13 @@ from unicuco.testing.tiny import tiny_model_folder
 from unicuco.types import Strategy
 
 NUM_BLOCKS: Final = 6
-SENSITIVE_BLOCKS: Final = (0, 1, 2)
+SENSITIVE_BLOCKS: Final = (0,)
 _HIDDEN: Final = 48
 _SPREAD: Final = 0.3  # of the sizes of a sensitive block's weights around their mean
+_FLOOR: Final = 0.3  # of their deviation: how small weights of the other blocks get
 _OUTLIERS: Final = 0.03
 _OUTLIER_SIZE: Final = 8.0
-_DAMPING: Final = (1.0, 1.0, 1.0, 0.3, 0.2, 0.1)  # of what a block adds to the residual stream
-_INTO_RESIDUAL: Final = ("o_proj", "down_proj")
+_DAMPING: Final = (1.0, 0.15, 0.12, 0.1, 0.08, 0.06)  # of what a block adds to the residual stream
 
 
 def planted_model_folder(folder: Path, *, seed: int = 0) -> Path:
@@ -43,8 +44,8 @@ def planted_model_folder(folder: Path, *, seed: int = 0) -> Path:
     for site in loaded.profile.sites:
         make = _equal_weights if site.block in SENSITIVE_BLOCKS else _rotation
         weight = make(site.num_rows, site.num_columns, generator)
-        if site.path.endswith(_INTO_RESIDUAL):
-            weight *= _DAMPING[site.block]
+        if site.block not in SENSITIVE_BLOCKS:
+            weight *= _scale(site.path.rpartition(".")[2], _DAMPING[site.block])
         with torch.no_grad():
             site_module(loaded.model, site).weight.copy_(weight)  # type: ignore[operator]
     with quiet_transformers():
@@ -92,15 +93,23 @@ def _at_budget(space: StrategySpace, strategy: Strategy, unit: Tensor) -> Strate
     return space.decode_exact(unit[None], [space.cost.kept_params(strategy.values)])[0]
 
 
+def _scale(name: str, damping: float) -> float:
+    # Of every site so that weight times input is about the damping everywhere: scores of a block
+    # then differ by its weights, not from site to site.
+    return {"o_proj": 1.0, "down_proj": 1 / damping}.get(name, damping)
+
+
 def _equal_weights(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     sign: Tensor = torch.randint(0, 2, (rows, columns), generator=generator) * 2.0 - 1
     size = 1 + _SPREAD * (2 * torch.rand(rows, columns, generator=generator) - 1)
     outlier = torch.rand(rows, columns, generator=generator) < _OUTLIERS
     weight: Tensor = sign * torch.where(outlier, _OUTLIER_SIZE, size)
-    return weight / columns**0.5
+    return weight / math.sqrt(columns)
 
 
 def _rotation(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     wide = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
     basis: Tensor = torch.linalg.qr(wide).Q
-    return basis if rows >= columns else basis.T
+    basis = basis if rows >= columns else basis.T
+    floor = _FLOOR * basis.std()
+    return torch.where(basis.abs() < floor, floor * basis.sign(), basis)
