@@ -30,6 +30,7 @@ from unicuco.pipeline.texts import (
     LearningSource,
     LearningTexts,
     learning_texts,
+    task_texts,
     window_length,
 )
 from unicuco.ranks import RankStore, build_ranks
@@ -110,8 +111,13 @@ def prepare(
     loaded = load_model(options.model)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
-    texts = learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
-    source = LearningSource(tokenizer=tokenizer, source=options.calibration)
+    if options.tasks:
+        texts = task_texts(tokenizer, options.tasks, tokens=options.tokens, context=context)
+    else:
+        texts = learning_texts(
+            tokenizer, options.calibration, tokens=options.tokens, context=context
+        )
+    source = LearningSource(tokenizer=tokenizer, source=options.calibration, tasks=options.tasks)
     costs: list[Measurement] = []
     if options.calibration_sampling == Sampling.CLUSTERED:
         texts = _clustered(options, loaded, texts, source, costs)
@@ -135,6 +141,7 @@ def prepare(
             dimensions=options.dimensions,
             granularity=granularity,
             text_digest=texts.search.digest,
+            tasks=options.task_names,
         ),
         search=SearchConfig(
             preset=options.preset,
@@ -144,6 +151,7 @@ def prepare(
             curves=AxisCurves.from_fisher(space, loaded.profile, granularity, fisher).table,
             sparsity_range=(MIN_SPARSITY, options.max_sparsity),
             seed=options.seed,
+            tasks=options.task_names,
         ),
     )
 
