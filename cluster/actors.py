@@ -51,7 +51,9 @@ class EvaluatorActor:
         """Judge a strategy; a failure is a value."""
         started = time.perf_counter()
         try:
-            return self._evaluator.evaluate(ask.strategy, tokens=None, derivatives=ask.derivatives)
+            return self._evaluator.evaluate(
+                ask.strategy, tokens=ask.tokens, derivatives=ask.derivatives
+            )
         except Exception as error:  # whatever one strategy breaks, the others go on
             wall_s = time.perf_counter() - started
             return FailedEvaluation.from_error(ask.strategy.key, error, wall_s=wall_s)

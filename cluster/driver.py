@@ -77,6 +77,24 @@ class RayBackend:
         Raises:
             ClusterError: no Ray can be reached or started, or the learner can't be placed.
         """
+        pool = self.start_pool(evaluator, arrays)
+
+        def start_learner() -> Handle:
+            environment = {"env_vars": _process_settings(self._threads)}
+            actor = ray.remote(LearnerActor).options(num_cpus=0, runtime_env=environment)
+            return actor.remote(self._build_search, search)
+
+        learner = RaySearch(start_learner)
+        self._stack.callback(learner.close)
+        return learner, pool
+
+    # Any: as `start`
+    def start_pool(self, evaluator: Any, arrays: Arrays) -> RayPool:
+        """Do what `start` does without a learner, for searches that run in the caller's process.
+
+        Raises:
+            ClusterError: no Ray can be reached or started.
+        """
         self._connect(sum(array.nbytes for array in arrays.values()))
         shared = ray.put(dict(arrays))
         share = self._cpu_share()
@@ -85,16 +103,10 @@ class RayBackend:
             actor = ray.remote(EvaluatorActor).options(num_cpus=share, runtime_env=environment)
             return actor.remote(self._build_evaluator, evaluator, shared)
 
-        def start_learner() -> Handle:
-            actor = ray.remote(LearnerActor).options(num_cpus=0, runtime_env=environment)
-            return actor.remote(self._build_search, search)
-
         environment = {"env_vars": _process_settings(self._threads)}
         pool = RayPool(start_replica, self._replicas)
         self._stack.callback(pool.close)
-        learner = RaySearch(start_learner)
-        self._stack.callback(learner.close)
-        return learner, pool
+        return pool
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""

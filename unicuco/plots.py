@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _BLUE: Final = "#0b6bcb"  # Okabe-Ito-like tones, told apart by colour-blind readers and in grey
 _GREY: Final = "#6b7280"
 _ORANGE: Final = "#d97706"
+_PALETTE: Final = (_GREY, _ORANGE, "#059669", "#be185d", "#7c3aed", "#b45309", "#0e7490")
+_STYLES: Final = ("--", "-.", ":")
 _INK: Final = "#1f2937"
 _DPI: Final = 160
 _FLOOR: Final = 1e-6  # a logarithmic axis has no zero; no measured KL is that small
@@ -83,6 +85,28 @@ def plot_front(
             x, y, s=14, color=_INK, alpha=0.55, linewidths=0, zorder=4, label="StratNet, measured"
         )
     _finish_front(axes, [*measured, *uniform, *fisher, *((p.sparsity, p.kl.mean) for p in front)])
+    _caption(figure, caption)
+    _save(figure, path)
+
+
+def plot_comparison(path: Path, curves: Mapping[str, Curve], *, caption: str = "") -> None:
+    """Draw KL (logarithmic) against sparsity, one line per allocator; StratNet's stands out.
+
+    Args:
+        path: the PNG file to write; replaced as a whole.
+        curves: measured points by allocator.
+        caption: where the numbers come from, printed small below.
+
+    Raises:
+        OSError: the file can't be written; nothing is left behind.
+    """
+    figure = _figure(7.2, 4.6)
+    axes = figure.add_subplot()
+    for index, (name, curve) in enumerate(curves.items()):
+        color = _BLUE if name == "stratnet" else _PALETTE[index % len(_PALETTE)]
+        style = "-" if name == "stratnet" else _STYLES[index // len(_PALETTE) % len(_STYLES)]
+        _draw_curve(axes, curve, label=name, color=color, style=style)
+    _finish_front(axes, [point for curve in curves.values() for point in curve])
     _caption(figure, caption)
     _save(figure, path)
 

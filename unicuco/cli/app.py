@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from unicuco.cli import compress, doctor, evaluate, front, generate, learn, plan, prune
+from unicuco.cli import compare, compress, doctor, evaluate, front, generate, learn, plan, prune
 from unicuco.cli.failure import describe_failure
 from unicuco.cli.terminal import Invocation
 
@@ -28,6 +28,7 @@ app.command()(learn.learn)
 app.command()(plan.plan)
 app.command()(prune.prune)
 app.command()(evaluate.evaluate)
+app.command()(compare.compare)
 app.command()(front.front)
 app.command()(generate.generate)
 app.command()(doctor.doctor)

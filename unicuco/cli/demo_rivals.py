@@ -11,13 +11,15 @@ from unicuco.allocate import ALLOCATORS
 from unicuco.evaluate import LocalEvaluator
 from unicuco.export import write_variant
 from unicuco.pipeline import LearnOptions, Run
+from unicuco.pipeline.contest import Contest
 from unicuco.pipeline.preparation import Prepared, allocation_context, prepare
+from unicuco.search.drive import outcome_of
 from unicuco.search.evolution import Evolution, EvolutionOptions
 from unicuco.types import Plan, Request, ServedAs, Strategy, Target
 
 # What an EvoPress-style search spends on one target before it stops gaining (DESIGN.md, section 8).
 SEARCH_UNITS: Final = 300
-_TIMED_GENERATIONS: Final = 3
+_TIMED_GENERATIONS: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,19 +97,18 @@ class Rivals:
         prepared = self._prepared
         arrays = {**prepared.model_arrays(), **prepared.text_arrays(prepared.texts.search)}
         evaluator = LocalEvaluator(prepared.evaluator, arrays)
-        options = EvolutionOptions()
-        search = Evolution(prepared.space, sparsity, options, seed=0)
-        screening = int(options.screening_fraction * prepared.texts.search.num_tokens)
-        start = evaluator.evaluate(search.best)  # not timed: the first pass of a process warms up
-        search.tell([search.best], [start.kl])
-        units = 0.0
+        contest = Contest(prepared, self._run.folder, seed=0, progress=lambda step: None)
+        config = replace(contest.config, sparsity=sparsity)
+        search = Evolution(
+            config, EvolutionOptions(offspring=16, survivors=(2,), shares=(1 / 4, 1))
+        )
+        # The start is not timed: the first pass of a process warms up.
+        search.tell(0, [(ask, outcome_of(evaluator, ask)) for ask in search.ask(0)])
+        before = search.record.units
         started = time.perf_counter()
-        for _ in range(_TIMED_GENERATIONS):
-            children = search.ask()
-            screened = [evaluator.evaluate(child, tokens=screening) for child in children]
-            survivors = search.survivors(children, [outcome.kl for outcome in screened])
-            judged = [evaluator.evaluate(child) for child in survivors]
-            search.tell(survivors, [outcome.kl for outcome in judged])
-            units += sum(outcome.cost_units for outcome in (*screened, *judged))
+        for round_ in range(1, 1 + _TIMED_GENERATIONS * len(search.options.counts)):
+            asks = search.ask(round_)
+            search.tell(round_, [(ask, outcome_of(evaluator, ask)) for ask in asks])
         seconds = time.perf_counter() - started
+        units = search.record.units - before
         return SearchCost(timed_units=units, timed_s=seconds, units=SEARCH_UNITS)

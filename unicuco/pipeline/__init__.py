@@ -6,6 +6,7 @@ This is what command line, cluster and service call.
 from __future__ import annotations
 
 from unicuco.pipeline.backend import Backend, LocalBackend
+from unicuco.pipeline.compare import CompareOptions, CompareReport, Comparison, compare
 from unicuco.pipeline.compress import CompressReport, compress, prune
 from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
 from unicuco.pipeline.learning import learn
@@ -17,6 +18,9 @@ from unicuco.search.drive import Progress
 
 __all__ = [
     "Backend",
+    "CompareOptions",
+    "CompareReport",
+    "Comparison",
     "CompressReport",
     "EvaluationReport",
     "FrontPoint",
@@ -26,6 +30,7 @@ __all__ = [
     "Progress",
     "ProgressSink",
     "Run",
+    "compare",
     "compress",
     "draw_front",
     "draw_strategies",

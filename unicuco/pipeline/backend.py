@@ -35,6 +35,9 @@ class Backend(Protocol):
     ) -> tuple[AskTell, Pool]:
         """Return the search and the pool of evaluators."""
 
+    def start_pool(self, evaluator: EvaluatorConfig, arrays: Arrays) -> Pool:
+        """Return a pool of evaluators alone, for searches that run in the caller's process."""
+
 
 class LocalBackend:
     """One evaluator and the search in this process."""
@@ -55,7 +58,11 @@ class LocalBackend:
         self, evaluator: EvaluatorConfig, arrays: Arrays, search: SearchConfig
     ) -> tuple[Search, Pool]:
         """Return the search and a pool of one."""
-        return build_search(search), _LocalPool(LocalEvaluator.from_arrays(evaluator, arrays))
+        return build_search(search), self.start_pool(evaluator, arrays)
+
+    def start_pool(self, evaluator: EvaluatorConfig, arrays: Arrays) -> Pool:
+        """Return a pool of one."""
+        return _LocalPool(LocalEvaluator.from_arrays(evaluator, arrays))
 
 
 class _LocalPool:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from unicuco.allocate import AllocationContext, AxisCurves, Evidence
-from unicuco.calibration import TokenSet, collect_input_norms
+from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
+from unicuco.calibration import Sampling, TokenSet, collect_input_norms, sample_clustered
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig, dense_reference
 from unicuco.evaluate.local import Arrays, pack_model, pack_text
@@ -30,6 +30,7 @@ from unicuco.pipeline.texts import (
     LearningSource,
     LearningTexts,
     learning_texts,
+    task_texts,
     window_length,
 )
 from unicuco.ranks import RankStore, build_ranks
@@ -110,10 +111,18 @@ def prepare(
     loaded = load_model(options.model)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
-    texts = learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
+    if options.tasks:
+        texts = task_texts(tokenizer, options.tasks, tokens=options.tokens, context=context)
+    else:
+        texts = learning_texts(
+            tokenizer, options.calibration, tokens=options.tokens, context=context
+        )
+    source = LearningSource(tokenizer=tokenizer, source=options.calibration, tasks=options.tasks)
+    costs: list[Measurement] = []
+    if options.calibration_sampling == Sampling.CLUSTERED:
+        texts = _clustered(options, loaded, texts, source, costs)
     progress(Progress(stage="load", done=1, total=1))
     check(loaded.profile.digest, texts.digest)
-    costs: list[Measurement] = []
     ranks = _ranks(options, folder, loaded, texts, costs, progress)
     fisher = _fisher(options, folder, loaded, texts, ranks, costs, progress)
     granularity = Granularity(options.granularity)
@@ -121,7 +130,7 @@ def prepare(
     return Prepared(
         loaded=loaded,
         texts=texts,
-        source=LearningSource(tokenizer=tokenizer, source=options.calibration),
+        source=source,
         ranks=ranks,
         fisher=fisher,
         context=context,
@@ -132,6 +141,7 @@ def prepare(
             dimensions=options.dimensions,
             granularity=granularity,
             text_digest=texts.search.digest,
+            tasks=options.task_names,
         ),
         search=SearchConfig(
             preset=options.preset,
@@ -141,8 +151,33 @@ def prepare(
             curves=AxisCurves.from_fisher(space, loaded.profile, granularity, fisher).table,
             sparsity_range=(MIN_SPARSITY, options.max_sparsity),
             seed=options.seed,
+            tasks=options.task_names,
         ),
     )
+
+
+def _clustered(
+    options: LearnOptions,
+    loaded: LoadedModel,
+    texts: LearningTexts,
+    source: LearningSource,
+    costs: list[Measurement],
+) -> LearningTexts:
+    """Draw the calibration windows anew, by groups, from all windows of their text."""
+    started = time.perf_counter()
+    even = texts.calibration
+    pool = source.pool(TextPart.CALIBRATION, context=even.context)
+    chosen = sample_clustered(loaded.model, pool, len(even.ids), seed=options.seed)
+    costs.append(
+        Measurement(
+            purpose="sampling",
+            tokens=pool.num_tokens,
+            cost_units=pool.num_tokens / texts.search.num_tokens,
+            seconds=time.perf_counter() - started,
+            text_digest=pool.digest,
+        )
+    )
+    return replace(texts, calibration=chosen)
 
 
 def _ranks(

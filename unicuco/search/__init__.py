@@ -1,7 +1,11 @@
 """Searches: ask/tell loops that decide which strategies are worth an evaluation.
 
-Add a preset: write ``search/x.py`` with a class that implements `Search` and a function that learns
-a network from evaluations, and add one line to each of `SEARCHES` and `LEARNERS`.
+Those of `SEARCHES` learn once for all requests; those of `REQUEST_SEARCHES` search anew for each.
+
+Add a rival: write ``search/x.py`` with a class that implements `RequestSearch`, and add one line to
+`REQUEST_SEARCHES`; `RequestSearchContract` (`unicuco/testing/`) tests it. Add a preset: write
+``search/x.py`` with a class that implements `Search` and a function that learns a network from
+evaluations, and add one line to each of `SEARCHES` and `LEARNERS`.
 """
 
 from __future__ import annotations
@@ -11,19 +15,30 @@ from typing import Final
 
 from unicuco.errors import RequestError
 from unicuco.search.base import Search, SearchConfig
+from unicuco.search.descent import Descent
+from unicuco.search.evolution import Evolution
 from unicuco.search.front import FrontSearch, learn_front
+from unicuco.search.optspa import OptSpa
 from unicuco.search.paper import PaperSearch, learn_preferences
+from unicuco.search.progression import Progression
+from unicuco.search.request import RequestConfig, RequestSearch, SearchAllocator
 from unicuco.stratnet import StratNet
-from unicuco.surrogate import GaussianProcess
+from unicuco.surrogate import Surrogate
 from unicuco.types import Evaluation, Strategy
 
-Learner = Callable[..., tuple[GaussianProcess, StratNet]]
+Learner = Callable[..., tuple[Surrogate, StratNet]]
 
 SEARCHES: Final[dict[str, Callable[[SearchConfig], Search]]] = {
     "default": FrontSearch,
     "paper": PaperSearch,
 }
 LEARNERS: Final[dict[str, Learner]] = {"default": learn_front, "paper": learn_preferences}
+REQUEST_SEARCHES: Final[dict[str, Callable[[RequestConfig], RequestSearch]]] = {
+    "evopress": Evolution,
+    "optspa": OptSpa,
+    "atp": Progression,
+    "descent": Descent,
+}
 
 
 def build_search(config: SearchConfig) -> Search:
@@ -39,7 +54,7 @@ def build_search(config: SearchConfig) -> Search:
 
 def learn_network(
     config: SearchConfig, evaluations: Sequence[tuple[Strategy, Evaluation]], *, seed: int
-) -> tuple[GaussianProcess, StratNet]:
+) -> tuple[Surrogate, StratNet]:
     """Learn surrogate and StratNet from evaluations, as the preset does it.
 
     Raises:
@@ -48,4 +63,15 @@ def learn_network(
     return LEARNERS[config.preset](config, evaluations, seed=seed)
 
 
-__all__ = ["LEARNERS", "SEARCHES", "Search", "SearchConfig", "build_search", "learn_network"]
+__all__ = [
+    "LEARNERS",
+    "REQUEST_SEARCHES",
+    "SEARCHES",
+    "RequestConfig",
+    "RequestSearch",
+    "Search",
+    "SearchAllocator",
+    "SearchConfig",
+    "build_search",
+    "learn_network",
+]

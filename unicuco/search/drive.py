@@ -98,7 +98,7 @@ def outcome_of(evaluator: Evaluator, ask: Ask) -> Outcome:
     """Evaluate an ask; an evaluation that raises becomes a value with its reason in one line."""
     started = time.perf_counter()
     try:
-        return evaluator.evaluate(ask.strategy, tokens=None, derivatives=ask.derivatives)
+        return evaluator.evaluate(ask.strategy, tokens=ask.tokens, derivatives=ask.derivatives)
     except Exception as error:  # whatever one strategy breaks, the others go on
         wall_s = time.perf_counter() - started
         return FailedEvaluation.from_error(ask.strategy.key, error, wall_s=wall_s)
@@ -111,6 +111,7 @@ def drive(
     *,
     num_evaluations: int,
     on_progress: Callable[[Progress], None],
+    lag: int = 2,
 ) -> None:
     """Run a search until ``num_evaluations`` strategies are asked, evaluated, recorded and told.
 
@@ -125,11 +126,13 @@ def drive(
         store: the run's store, the lease held by the caller.
         num_evaluations: total number of asked strategies, those of earlier calls included.
         on_progress: told of every commit; stage "evaluate".
+        lag: what ``ask(k)`` depends on: rounds up to k - lag. 1 is for searches of one request,
+            whose every round needs the one before; then rounds don't overlap.
 
     Raises:
         UnicucoError: the store refused, or the pool or the search can't go on.
     """
-    book = _Book(store.asks(), store.read(), num_evaluations)
+    book = _Book(store.asks(), store.read(), num_evaluations, lag)
     workers = _Workers(search, pool)
     try:
         _Loop(book, workers, store, on_progress).run(search.round_size, pool.max_pending)
@@ -137,20 +140,33 @@ def drive(
         workers.close()
 
 
+# A strategy and the fidelity it is judged at: what has one record.
+_Identity = tuple[str, int | None]
+
+
+def _identity(ask: Ask) -> _Identity:
+    return ask.strategy.key, ask.tokens
+
+
 class _Book:
     """Which strategies of which rounds are asked, evaluated and told; no threads, no I/O."""
 
     def __init__(
-        self, asks: Iterable[Ask], results: Iterable[tuple[Ask, Outcome]], num_evaluations: int
+        self,
+        asks: Iterable[Ask],
+        results: Iterable[tuple[Ask, Outcome]],
+        num_evaluations: int,
+        lag: int,
     ) -> None:
+        self._lag = lag
         self.rounds: list[list[Ask]] = []
         self.num_evaluations = num_evaluations
         self.num_told = 0
         self.is_exhausted = False
-        self._round_of: dict[str, int] = {}
+        self._round_of: dict[_Identity, int] = {}
         for ask in asks:
             self._add(ask)
-        self.outcomes = {ask.strategy.key: outcome for ask, outcome in results}
+        self.outcomes = {_identity(ask): outcome for ask, outcome in results}
 
     @property
     def num_asked(self) -> int:
@@ -164,17 +180,18 @@ class _Book:
     def may_ask(self, round_: int) -> bool:
         """Say whether a round is wanted, and what it depends on is told."""
         wanted = not self.is_exhausted and self.num_asked < self.num_evaluations
-        return wanted and round_ <= self.num_told + 1
+        return wanted and round_ <= self.num_told + self._lag - 1
 
     def accept(self, round_: int, asks: Sequence[Ask]) -> list[Ask]:
         """Take what is new of a round's asks, up to the total; return what to evaluate.
 
-        A strategy of an earlier round is dropped: it has its record. Of a round that is there in
-        part, the rest is new, provided that the search asks the recorded part again.
+        A strategy that an earlier round asked at the same fidelity is dropped: it has its record.
+        Of a round that is there in part, the rest is new, provided that the search asks the
+        recorded part again.
         """
         assert all(ask.round == round_ for ask in asks), "a search numbers its asks"
         recorded = self.rounds[round_] if round_ < len(self.rounds) else []
-        distinct = {ask.strategy.key: ask for ask in asks}
+        distinct = {_identity(ask): ask for ask in asks}
         fresh = [ask for key, ask in distinct.items() if self._round_of.get(key, round_) == round_]
         if fresh[: len(recorded)] != recorded:
             return []
@@ -186,23 +203,21 @@ class _Book:
 
     def unfinished(self) -> list[Ask]:
         """Return the asks without an outcome, in order."""
-        return [
-            ask for asks in self.rounds for ask in asks if ask.strategy.key not in self.outcomes
-        ]
+        return [ask for asks in self.rounds for ask in asks if _identity(ask) not in self.outcomes]
 
     def next_results(self) -> list[tuple[Ask, Outcome]] | None:
         """Return the next round to tell, in ask order; none while outcomes are missing."""
         if self.num_told >= len(self.rounds):
             return None
         asks = self.rounds[self.num_told]
-        if not all(ask.strategy.key in self.outcomes for ask in asks):
+        if not all(_identity(ask) in self.outcomes for ask in asks):
             return None
-        return [(ask, self.outcomes[ask.strategy.key]) for ask in asks]
+        return [(ask, self.outcomes[_identity(ask)]) for ask in asks]
 
     def _add(self, ask: Ask) -> None:
         self.rounds.extend([] for _ in range(ask.round + 1 - len(self.rounds)))
         self.rounds[ask.round].append(ask)
-        self._round_of[ask.strategy.key] = ask.round
+        self._round_of[_identity(ask)] = ask.round
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +374,7 @@ class _Loop:
     def _record(self, results: list[tuple[Ask, Outcome]]) -> None:
         if results:
             self._store.append(results)
-            self._book.outcomes |= {ask.strategy.key: outcome for ask, outcome in results}
+            self._book.outcomes |= {_identity(ask): outcome for ask, outcome in results}
             self._report()
 
     def _report(self) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from unicuco.errors import RunError
-from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy
+from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy, TaskValue
 
 SCHEMA_VERSION: Final = 1
 
@@ -63,6 +63,43 @@ EVALUATIONS: Final = Table(
     Column("error", Text),
     Column("finished_at", Double, nullable=False),
     Index("evaluations_round_position", "round", "position"),
+)
+
+# What a search asked on part of the search text, to decide what deserves all of it.
+SCREENING_ASKS: Final = Table(
+    "screening_asks",
+    METADATA,
+    Column("strategy_key", String(64), primary_key=True),
+    Column("asked_tokens", BigInteger, primary_key=True),
+    Column("round", Integer, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("settings", Text, nullable=False),
+    Column("derivatives", Boolean, nullable=False),
+    UniqueConstraint("round", "position", name="screening_asks_round_position"),
+)
+
+SCREENINGS: Final = Table(
+    "screenings",
+    METADATA,
+    Column("strategy_key", String(64), primary_key=True),
+    Column("asked_tokens", BigInteger, primary_key=True),
+    *(
+        Column(column.name, column.type, nullable=column.nullable)
+        for column in EVALUATIONS.columns
+        if not column.primary_key
+    ),
+    Index("screenings_round_position", "round", "position"),
+)
+
+# What evaluations of `evaluations` measured on each of several search texts.
+TASK_VALUES: Final = Table(
+    "task_values",
+    METADATA,
+    Column("strategy_key", String(64), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("task", String(64), nullable=False),
+    Column("kl", Double, nullable=False),
+    Column("gradient", Text),
 )
 
 MEASUREMENTS: Final = Table(
@@ -121,8 +158,9 @@ class Measurement:
 
 
 def ask_row(ask: Ask) -> dict[str, object]:
-    """Return the row of table `asks` for one ask."""
-    return {
+    """Return the row of table `asks` for one ask, or of `screening_asks` where it names tokens."""
+    fidelity = {} if ask.tokens is None else {"asked_tokens": ask.tokens}
+    return fidelity | {
         "strategy_key": ask.strategy.key,
         "round": ask.round,
         "position": ask.position,
@@ -132,7 +170,7 @@ def ask_row(ask: Ask) -> dict[str, object]:
 
 
 def outcome_row(ask: Ask, outcome: Outcome, *, finished_at: float) -> dict[str, object]:
-    """Return the row of table `evaluations` for one finished ask.
+    """Return the row of table `evaluations` or `screenings` for one finished ask.
 
     Raises:
         ValueError: the outcome belongs to another strategy than the ask.
@@ -165,8 +203,28 @@ def outcome_row(ask: Ask, outcome: Outcome, *, finished_at: float) -> dict[str, 
     }
 
 
+def task_rows(outcome: Outcome) -> list[dict[str, object]]:
+    """Return the rows of table `task_values` for one outcome, in task order."""
+    return [
+        {
+            "strategy_key": outcome.strategy_key,
+            "position": position,
+            "task": value.task,
+            "kl": value.kl,
+            "gradient": None if value.gradient is None else json.dumps(value.gradient),
+        }
+        for position, value in enumerate(outcome.tasks if isinstance(outcome, Evaluation) else ())
+    ]
+
+
+def row_task(row: RowMapping) -> TaskValue:
+    """Read a task's value back from a row of `task_values`."""
+    gradient = None if row["gradient"] is None else tuple(json.loads(row["gradient"]))
+    return TaskValue(task=row["task"], kl=row["kl"], gradient=gradient)
+
+
 def row_ask(row: RowMapping) -> Ask:
-    """Read an ask back from a row of `asks` or `evaluations`.
+    """Read an ask back from a row of any of the tables of asks and outcomes.
 
     Raises:
         RunError: the settings are not the ones that the key was made from.
@@ -179,11 +237,12 @@ def row_ask(row: RowMapping) -> Ask:
         position=row["position"],
         strategy=strategy,
         derivatives=bool(row["derivatives"]),
+        tokens=row.get("asked_tokens"),
     )
 
 
-def row_outcome(row: RowMapping) -> Outcome:
-    """Read an outcome back from a row of `evaluations`.
+def row_outcome(row: RowMapping, tasks: tuple[TaskValue, ...] = ()) -> Outcome:
+    """Read an outcome back from a row of `evaluations` or `screenings`.
 
     Raises:
         RunError: the row has values that no evaluation has.
@@ -203,6 +262,7 @@ def row_outcome(row: RowMapping) -> Outcome:
             text_digest=row["text_digest"],
             cost_units=row["cost_units"],
             wall_s=row["seconds"],
+            tasks=tasks,
         )
     except (TypeError, ValueError) as error:
         raise _altered(row) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -37,16 +37,23 @@ from unicuco.store.schema import (
     META,
     METADATA,
     SCHEMA_VERSION,
+    SCREENING_ASKS,
+    SCREENINGS,
+    TASK_VALUES,
     Measurement,
     ask_row,
     outcome_row,
     row_ask,
     row_outcome,
+    row_task,
+    task_rows,
 )
-from unicuco.types import Ask, Outcome
+from unicuco.types import Ask, Outcome, TaskValue
 
 _RENEW_EVERY_S: Final = lease.LEASE_S / 4
 _VERSION_KEY: Final = "schema_version"
+# Stores of the same format that were made before these tables came hold nothing for them.
+_ADDED_LATER: Final = frozenset({SCREENING_ASKS.name, SCREENINGS.name, TASK_VALUES.name})
 
 
 class EvaluationStore:
@@ -54,6 +61,7 @@ class EvaluationStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._tables: set[str] = set()
         self._token: int | None = None
         self._heart: _Heart | None = None
 
@@ -142,29 +150,35 @@ class EvaluationStore:
         Raises:
             StorageError: the disk or database refused, or another driver has taken over.
         """
-        self._insert(ASKS, [ask_row(ask) for ask in asks])
+        self._insert_by_fidelity(ASKS, SCREENING_ASKS, [ask_row(ask) for ask in asks])
 
     def asks(self) -> list[Ask]:
         """Return every recorded ask by round and position."""
-        query = select(ASKS).order_by(ASKS.c.round, ASKS.c.position)
-        rows = self._rows(query)
-        return [row_ask(row) for row in rows]
+        return [row_ask(row) for row in self._ordered_rows(ASKS, SCREENING_ASKS)]
 
     def append(self, results: Sequence[tuple[Ask, Outcome]]) -> None:
         """Record outcomes in one transaction; a strategy that has one keeps its first.
+
+        Those of asks on part of the text go to a table of their own, one per strategy and tokens.
 
         Raises:
             StorageError: the disk or database refused, or another driver has taken over.
         """
         now = time.time()
         rows = [outcome_row(ask, outcome, finished_at=now) for ask, outcome in results]
-        self._insert(EVALUATIONS, rows)
+        values = [
+            row for ask, outcome in results if ask.tokens is None for row in task_rows(outcome)
+        ]
+        self._insert_by_fidelity(EVALUATIONS, SCREENINGS, rows, (TASK_VALUES, values))
 
     def read(self) -> Iterator[tuple[Ask, Outcome]]:
         """Return every recorded outcome with its ask, by round and position."""
-        query = select(EVALUATIONS).order_by(EVALUATIONS.c.round, EVALUATIONS.c.position)
-        rows = self._rows(query)
-        return ((row_ask(row), row_outcome(row)) for row in rows)
+        rows = self._ordered_rows(EVALUATIONS, SCREENINGS)
+        values: dict[str, list[TaskValue]] = {}
+        if TASK_VALUES.name in self._tables:
+            for row in self._rows(select(TASK_VALUES).order_by(TASK_VALUES.c.position)):
+                values.setdefault(row["strategy_key"], []).append(row_task(row))
+        return ((row_ask(row), row_outcome(row, self._tasks_of(row, values))) for row in rows)
 
     # --- everything else ------------------------------------------------------------------------
 
@@ -179,7 +193,7 @@ class EvaluationStore:
             {field: getattr(item, field) for field in _MEASUREMENT_FIELDS} | {"finished_at": now}
             for item in measurements
         ]
-        self._insert(MEASUREMENTS, rows)
+        self._insert((MEASUREMENTS, rows))
 
     def measurements(self, purpose: str | None = None) -> list[Measurement]:
         """Return the measurements in the order they were recorded, all or those of one purpose."""
@@ -219,22 +233,51 @@ class EvaluationStore:
             lambda connection: connection.execute(query).mappings().all(), writes=False
         )
 
-    def _insert(self, table: Table, rows: Sequence[dict[str, object]]) -> None:
-        if not rows:
+    @staticmethod
+    def _tasks_of(row: RowMapping, values: Mapping[str, list[TaskValue]]) -> tuple[TaskValue, ...]:
+        return () if "asked_tokens" in row else tuple(values.get(row["strategy_key"], ()))
+
+    def _ordered_rows(self, whole: Table, partial: Table) -> list[RowMapping]:
+        """Return the rows of both tables by round and position."""
+        rows = [
+            row
+            for table in (whole, partial)
+            if table.name in self._tables
+            for row in self._rows(select(table).order_by(table.c.round, table.c.position))
+        ]
+        return sorted(rows, key=lambda row: (row["round"], row["position"]))
+
+    def _insert_by_fidelity(
+        self,
+        whole: Table,
+        partial: Table,
+        rows: Sequence[dict[str, object]],
+        *others: tuple[Table, Sequence[dict[str, object]]],
+    ) -> None:
+        cheap = [row for row in rows if "asked_tokens" in row]
+        costly = [row for row in rows if "asked_tokens" not in row]
+        self._insert((whole, costly), (partial, cheap), *others)
+
+    def _insert(self, *parts: tuple[Table, Sequence[dict[str, object]]]) -> None:
+        """Add rows to tables in one transaction; those that are there stay as they are."""
+        if not any(rows for _, rows in parts):
             return
         is_server = self._database.engine.dialect.name == "postgresql"
-        statement = (postgresql if is_server else sqlite).insert(table).on_conflict_do_nothing()
+        dialect = postgresql if is_server else sqlite
 
         def add(connection: Connection) -> None:
             lease.check_may_write(connection, self._token, self._database.name)
-            connection.execute(statement, list(rows))
+            for table, rows in parts:
+                if rows:
+                    connection.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
 
         self._database.run(add)
 
     def _prepare(self, *, create: bool) -> None:
         name = self._database.name
         tables = self._database.run(_create_tables if create else _table_names, writes=create)
-        if not set(METADATA.tables) <= tables:
+        self._tables = tables
+        if not set(METADATA.tables) - _ADDED_LATER <= tables:
             raise RunError(f"{name} is no evaluation store: name the database of a run")
         version = self.get_meta(_VERSION_KEY)
         if version != SCHEMA_VERSION:
@@ -247,7 +290,9 @@ class EvaluationStore:
 def _create_tables(connection: Connection) -> set[str]:
     names = _table_names(connection)
     if names & set(METADATA.tables):
-        return names
+        if set(METADATA.tables) - _ADDED_LATER <= names:
+            METADATA.create_all(connection)
+        return _table_names(connection)
     METADATA.create_all(connection)
     version = json.dumps(SCHEMA_VERSION)
     connection.execute(insert(META).values(key=_VERSION_KEY, value=version))

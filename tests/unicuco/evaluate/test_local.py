@@ -93,7 +93,10 @@ def test_fewer_tokens_are_the_first_windows_and_cost_their_share(case: Evaluatio
     assert found.tokens == 2 * context
     assert found.kl == pytest.approx(slow_kl(case, strategy, case.tokens.ids[:2]), abs=1e-6)
     assert found.cost_units == pytest.approx(3 * 2 / len(case.tokens.ids))
-    assert evaluator.evaluate(strategy, tokens=1).tokens == context
+    start = evaluator.evaluate(strategy, tokens=5)
+    assert start.tokens == 5
+    assert start.kl == pytest.approx(slow_kl(case, strategy, case.tokens.ids[:1, :5]), abs=1e-6)
+    assert start.cost_units == pytest.approx(5 / case.tokens.num_tokens)
     assert evaluator.evaluate(strategy, tokens=10**9).tokens == case.tokens.num_tokens
     assert evaluator.evaluate(strategy, derivatives=True).cost_units == 3.0
 

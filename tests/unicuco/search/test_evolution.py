@@ -2,78 +2,121 @@ from __future__ import annotations
 
 import pytest
 
-from unicuco.dimensions import build_space
 from unicuco.search.evolution import Evolution, EvolutionOptions
-from unicuco.testing.profiles import make_profile
-from unicuco.testing.search_contract import ToyModel, learned_kl
+from unicuco.search.request import run_request
+from unicuco.testing.request_contract import RequestSearchContract, ToyJudge, toy_request
+from unicuco.types import Ask, Evaluation
 
-SPACE = build_space(make_profile([[(40, 60), (80, 30)], [(50, 50), (20, 90)], [(60, 60)]]))
-MODEL = ToyModel(SPACE)
-
-
-def evolve(evolution: Evolution, generations: int) -> list[float]:
-    """Run, and return the best KL after the start and after every generation."""
-    evolution.tell([evolution.best], learned_kl(MODEL, [evolution.best]).tolist())
-    history = [evolution.best_kl]
-    for _ in range(generations):
-        children = evolution.ask()
-        survivors = evolution.survivors(children, learned_kl(MODEL, children).tolist())
-        evolution.tell(survivors, learned_kl(MODEL, survivors).tolist())
-        history.append(evolution.best_kl)
-    assert None not in history
-    return [kl for kl in history if kl is not None]
+QUICK = EvolutionOptions(offspring=8, survivors=(3, 2), shares=(1 / 16, 1 / 4, 1.0))
 
 
-def start(sparsity: float = 0.6, seed: int = 0) -> Evolution:
-    return Evolution(SPACE, sparsity, EvolutionOptions(), seed=seed)
+class TestEvolution(RequestSearchContract):
+    name = "evopress"
+
+
+def start(sparsity: float = 0.6, *, seed: int = 0, units: float = 100.0) -> Evolution:
+    return Evolution(toy_request(sparsity, seed=seed, units=units), QUICK)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.85])
 def test_every_child_keeps_the_budget_to_the_weight(sparsity: float) -> None:
-    evolution = start(sparsity)
-    for _ in range(12):
-        children = evolution.ask()
-        for child in children:
-            assert SPACE.cost.kept_params(child.values) == SPACE.kept_for_sparsity(sparsity)
-            assert SPACE.decode(SPACE.encode([child])) == [child]
-        evolution.tell(children, learned_kl(MODEL, children).tolist())
+    evolution, judge = start(sparsity), ToyJudge()
+    run_request(evolution, judge)
+    space = judge.space
+    wanted = space.kept_for_sparsity(sparsity)
+    assert len(judge.asked) > 100
+    for ask in judge.asked:
+        assert space.cost.kept_params(ask.strategy.values) == wanted
+        assert space.decode(space.encode([ask.strategy])) == [ask.strategy]
 
 
 def test_the_best_never_rises_and_beats_uniform_in_the_end() -> None:
-    history = evolve(start(), 25)
-    assert history == sorted(history, reverse=True)
-    assert history[-1] < 0.9 * history[0]
-
-
-def test_children_are_all_different_and_never_asked_again() -> None:
     evolution = start()
-    keys = [evolution.best.key]
-    for _ in range(10):
-        children = evolution.ask()
-        assert len(children) == 8
-        keys += [child.key for child in children]
-        evolution.tell(children[:1], [1.0])
-    assert len(set(keys)) == len(keys)
+    run_request(evolution, ToyJudge())
+    curve = evolution.record.curve
+    assert [kl for _, kl in curve] == sorted((kl for _, kl in curve), reverse=True)
+    assert curve[-1][1] < 0.9 * curve[0][1]
 
 
-def test_the_same_seed_evolves_the_same() -> None:
-    assert evolve(start(seed=3), 5) == evolve(start(seed=3), 5)
-    assert evolve(start(seed=3), 5) != evolve(start(seed=4), 5)
+def test_a_stage_passes_its_best_on_to_more_tokens() -> None:
+    evolution, judge = start(), ToyJudge(noise=0.3)
+    evolution.tell(0, [(ask, judge(ask)) for ask in evolution.ask(0)])
+    sizes, tokens = [], []
+    for round_ in range(1, 4):
+        asks = evolution.ask(round_)
+        results = [(ask, judge(ask)) for ask in asks]
+        evolution.tell(round_, results)
+        sizes.append(len(asks))
+        tokens.append({ask.tokens for ask in asks})
+        if round_ < 3:
+            ranked = sorted(results, key=_kl)
+            kept = [ask.strategy for ask, _ in ranked[: QUICK.counts[round_]]]
+            assert [ask.strategy for ask in evolution.ask(round_ + 1)] == kept
+    assert sizes == [8, 3, 2]
+    assert tokens == [{64}, {256}, {None}]
 
 
-def test_survivors_are_the_best_of_the_screening() -> None:
-    evolution = start()
-    children = evolution.ask()
-    screening = [0.5, 0.1, 0.9, 0.2, 0.7, 0.6, 0.8, 0.3]
-    assert evolution.survivors(children, screening) == [children[1], children[3]]
+def test_children_move_whole_levels_and_at_most_three_switches() -> None:
+    evolution, judge = start(), ToyJudge()
+    (first,) = evolution.ask(0)
+    evolution.tell(0, [(first, judge(first))])
+    axes = evolution.config.space.axes
+    for child in evolution.ask(1):
+        moves = [
+            round((value - before) * axis.num_steps)
+            for value, before, axis in zip(
+                child.strategy.values, first.strategy.values, axes, strict=True
+            )
+        ]
+        level = min(abs(move) for move in moves if move)
+        assert all(move % level == 0 for move in moves)
+        assert sum(moves) == 0
+        assert sum(abs(move) for move in moves) <= 6 * level
 
 
-def test_a_generation_costs_its_screening_and_its_survivors() -> None:
-    assert start().units_per_generation == pytest.approx(8 / 3 + 2)
+def test_no_axis_leaves_the_levels_around_its_start() -> None:
+    options = EvolutionOptions(offspring=8, survivors=(2,), shares=(1 / 4, 1.0), max_level=1)
+    evolution, judge = Evolution(toy_request(0.6, units=60), options), ToyJudge()
+    run_request(evolution, judge)
+    first = judge.asked[0].strategy
+    moves = {
+        round((value - before) * axis.num_steps)
+        for ask in judge.asked
+        for value, before, axis in zip(
+            ask.strategy.values, first.values, evolution.config.space.axes, strict=True
+        )
+    }
+    assert len(moves) == 3
 
 
-def test_where_nothing_can_be_switched_there_are_no_children() -> None:
-    evolution = Evolution(SPACE, 0.0, EvolutionOptions(), seed=0)
-    assert evolution.ask() == []
-    alone = Evolution(build_space(make_profile([[(9, 9)]])), 0.5, EvolutionOptions(), seed=0)
-    assert alone.ask() == []
+def test_the_published_generation_costs_six_units_and_three_hundred_buy_49() -> None:
+    evolution = Evolution(toy_request(0.6))
+    assert evolution.options.counts == (64, 8, 2)
+    assert evolution.options.units_per_generation(1024) == pytest.approx(6.0)
+    assert evolution.generations == 49
+
+
+def test_all_units_are_spent_but_for_less_than_a_generation() -> None:
+    evolution = start(units=50)
+    run_request(evolution, ToyJudge())
+    assert 50 - QUICK.units_per_generation(1024) < evolution.record.units <= 50
+
+
+def test_where_nothing_can_be_switched_the_search_ends_with_its_start() -> None:
+    evolution, judge = start(0.0), ToyJudge()
+    run_request(evolution, judge)
+    assert [ask.strategy for ask in judge.asked] == [evolution.best]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"survivors": (2, 8)}, {"shares": (0.5, 1.0)}, {"shares": (0.1, 0.2, 0.5)}],
+)
+def test_stages_that_do_not_narrow_are_refused(fields: dict[str, tuple[float, ...]]) -> None:
+    with pytest.raises(ValueError, match="falling counts"):
+        EvolutionOptions(**fields)  # type: ignore[arg-type]
+
+
+def _kl(result: tuple[Ask, object]) -> float:
+    assert isinstance(result[1], Evaluation)
+    return result[1].kl
