@@ -1,7 +1,8 @@
 """The rank store: per site, once, the order in which weights go; a strategy is then a comparison.
 
 Weights are ordered by (rank within the row, row index) and the first n are dropped. So any n can
-be reached, masks of smaller n lie inside those of larger n, and rows differ by at most one weight.
+be reached, masks of smaller n lie inside those of larger n, and rows differ by at most one weight
+(or as a row rule says, `unicuco.rows`).
 
 Notation: a matrix is ``o x i``; q, r = divmod(n, o). Row j drops its t_j = q + (j < r) lowest
 ranks: weight (j, k) is dropped exactly when rank[j, k] < t_j, one comparison against a per-row
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from unicuco.errors import ModelError, RunError, StorageError
 from unicuco.importance import ImportanceMetric, SiteStats, StatKind
 from unicuco.models import read_site
+from unicuco.rows import row_counts
 from unicuco.types import ModelProfile
 
 _FORMAT: Final = 1
@@ -173,27 +175,32 @@ def rank_rows(scores: Tensor) -> Tensor:
     return ranks
 
 
-def row_thresholds(rank: Tensor, num_dropped: int) -> Tensor:
+def row_thresholds(rank: Tensor, num_dropped: int, rows: Tensor | None = None) -> Tensor:
     """Return t, ``o x 1`` of the ranks' dtype: row j drops ranks below t_j, ``num_dropped`` in all.
 
+    ``rows`` are the site's offsets of a `RowRule`; none: rows drop equally, to within one weight.
+
     Raises:
-        ValueError: ``num_dropped`` is negative or more than the matrix holds.
+        ValueError: ``num_dropped`` is negative or more than the matrix holds, or ``rows`` belongs
+            to another matrix.
     """
-    rows = rank.shape[0]
-    if not 0 <= num_dropped <= rank.numel():
-        raise ValueError(f"num_dropped must be in [0, {rank.numel()}], got {num_dropped}")
-    q, r = divmod(num_dropped, rows)
-    thresholds = torch.full((rows, 1), q, dtype=rank.dtype, device=rank.device)
-    thresholds[:r] += 1
-    return thresholds
+    counts = row_counts(rank.shape[0], rank.shape[1], num_dropped, rows)
+    return counts[:, None].to(rank.device, rank.dtype)
 
 
-def keep_mask(rank: Tensor, num_dropped: int) -> Tensor:
+def keep_mask(rank: Tensor, num_dropped: int, rows: Tensor | None = None) -> Tensor:
     """Return the ``o x i`` mask after dropping the first ``num_dropped`` weights; True = keep."""
-    return rank >= row_thresholds(rank, num_dropped)
+    return rank >= row_thresholds(rank, num_dropped, rows)
 
 
-def cut(weight: Tensor, rank: Tensor, num_dropped: int, *, out: Tensor | None = None) -> Tensor:
+def cut(
+    weight: Tensor,
+    rank: Tensor,
+    num_dropped: int,
+    *,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Zero the first ``num_dropped`` weights in drop order; all others stay as they are to the bit.
 
     The weights' bits are ANDed with all ones (keep) or zero (drop), made by arithmetic shift from
@@ -203,6 +210,7 @@ def cut(weight: Tensor, rank: Tensor, num_dropped: int, *, out: Tensor | None = 
         weight: ``o x i``, any float dtype and strides.
         rank: ``o x i`` from the rank store, on the same device.
         num_dropped: in [0, o * i].
+        rows: the site's offsets of a `RowRule`; none: rows drop equally.
         out: where to write, of ``weight``'s shape and dtype; may be ``weight`` itself. Default: a
             new tensor.
 
@@ -214,14 +222,14 @@ def cut(weight: Tensor, rank: Tensor, num_dropped: int, *, out: Tensor | None = 
     """
     if weight.shape != rank.shape:
         raise ValueError(f"weight is {tuple(weight.shape)} and its ranks {tuple(rank.shape)}")
-    highest_dropped = row_thresholds(rank, num_dropped) - 1
+    highest_dropped = row_thresholds(rank, num_dropped, rows) - 1
     result = torch.empty_like(weight, requires_grad=False) if out is None else out
     bits = _BITS[weight.element_size()]
     source, target = weight.detach().view(bits), result.detach().view(bits)
     sign = 8 * rank.element_size() - 1
-    rows = weight.shape[0] if weight.is_cuda else max(1, _CUT_CHUNK // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
+    step = weight.shape[0] if weight.is_cuda else max(1, _CUT_CHUNK // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
         keep = torch.sub(highest_dropped[part], rank[part]).bitwise_right_shift_(sign)
         torch.bitwise_and(source[part], keep.to(bits), out=target[part])
     return result

@@ -9,25 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from unicuco.allocate.base import AllocationContext, Allocator
+from unicuco.allocate.alphapruning import AlphaPruning
+from unicuco.allocate.base import AllocationContext, Allocator, RowAllocator
 from unicuco.allocate.curves import AxisCurves
+from unicuco.allocate.dsa import DSA
 from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
+from unicuco.allocate.layerif import LayerIF
+from unicuco.allocate.owl import OWL
+from unicuco.allocate.trim import Trim
 from unicuco.allocate.uniform import Uniform
 
 ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "uniform": Uniform,
     "fisher": Fisher,
+    "owl": OWL,
+    "alphapruning": AlphaPruning,
+    "dsa": DSA,
+    "layerif": LayerIF,
+    "trim": Trim,
 }
 
 __all__ = [
     "ALLOCATORS",
+    "DSA",
+    "OWL",
     "AllocationContext",
     "Allocator",
+    "AlphaPruning",
     "AxisCurves",
     "Evidence",
     "Fisher",
+    "LayerIF",
+    "RowAllocator",
     "TextPart",
     "TextSource",
+    "Trim",
     "Uniform",
 ]

@@ -9,6 +9,7 @@ from typing import Protocol
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.evidence import Evidence
 from unicuco.errors import AllocationError
+from unicuco.rows import RowRule
 from unicuco.space import StrategySpace
 from unicuco.types import Strategy
 
@@ -50,3 +51,10 @@ class Allocator(Protocol):
         Raises:
             InfeasibleRequestError: a sparsity beyond what the space reaches.
         """
+
+
+class RowAllocator(Allocator, Protocol):
+    """An allocator that also decides how a site's dropped weights are spread over its rows."""
+
+    def row_rule(self, strategy: Strategy) -> RowRule:
+        """Return the rows of one of its own strategies."""

@@ -32,6 +32,7 @@ from unicuco.evaluate.rank_window import site_derivative
 from unicuco.models import build_skeleton, site_module
 from unicuco.objectives import DenseReference
 from unicuco.ranks import cut
+from unicuco.rows import RowRule
 from unicuco.types import Evaluation, ModelProfile, Site, Strategy
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -93,6 +94,7 @@ class LocalEvaluator:
             for site in config.profile.sites
         }
         self._dropped: dict[str, int] = dict.fromkeys(self._dense, 0)
+        self._rows: dict[str, Tensor | None] = {}
 
     @classmethod
     def from_arrays(cls, config: EvaluatorConfig, arrays: Arrays) -> LocalEvaluator:
@@ -100,7 +102,12 @@ class LocalEvaluator:
         return cls(config, arrays)
 
     def evaluate(
-        self, strategy: Strategy, *, tokens: int | None = None, derivatives: bool = False
+        self,
+        strategy: Strategy,
+        *,
+        tokens: int | None = None,
+        derivatives: bool = False,
+        rows: RowRule | None = None,
     ) -> Evaluation:
         """Measure one strategy.
 
@@ -109,21 +116,25 @@ class LocalEvaluator:
             tokens: use only the text's first windows, at least this many tokens, or the first
                 tokens of its first window; none: all.
             derivatives: also return the derivative of the KL along every axis (sparsity axes only).
+            rows: how a site's dropped weights are spread over its rows; none: equally.
 
         Returns:
             The evaluation; ``cost_units`` is relative to one forward pass over the whole text.
 
         Raises:
             EvaluationError: the KL or a derivative is not finite.
-            ValueError: derivatives are asked of a space with other axes than sparsity.
+            ValueError: derivatives are asked of a space with other axes than sparsity, or under a
+                row rule.
         """
+        if derivatives and rows is not None:
+            raise ValueError("there are no derivatives under a row rule")
         if derivatives and self.config.dimensions != ("sparsity",):
             raise ValueError(
                 f"only sparsity has derivatives, the axes are {', '.join(self.config.dimensions)}"
             )
         started = time.perf_counter()
         ids = self._windows(tokens)
-        self._load(strategy)
+        self._load(strategy, rows)
         kl = self._run(ids, derivatives)
         gradient = self._gradient() if derivatives else None
         if not all(map(math.isfinite, (kl, *(gradient or ())))):
@@ -144,9 +155,9 @@ class LocalEvaluator:
             wall_s=time.perf_counter() - started,
         )
 
-    def window_kl(self, strategy: Strategy) -> Tensor:
+    def window_kl(self, strategy: Strategy, *, rows: RowRule | None = None) -> Tensor:
         """Return the mean KL per token of every window of the text, ``n`` float64."""
-        self._load(strategy)
+        self._load(strategy, rows)
         width = self._ids.shape[1]
         means = []
         with torch.no_grad():
@@ -182,23 +193,26 @@ class LocalEvaluator:
             return self._ids[:1, : max(1, tokens)]  # a causal model predicts the same for them
         return self._ids[: math.ceil(tokens / self._ids.shape[1])]
 
-    def _load(self, strategy: Strategy) -> None:
+    def _load(self, strategy: Strategy, rows: RowRule | None) -> None:
         """Bring the working copy to a strategy, cutting only the sites that change."""
         drops = self._cost.site_drops(strategy.values)
         with torch.no_grad():
             for site in self.config.profile.sites:
-                if drops[site.path] != self._dropped[site.path]:
+                offsets = None if rows is None else rows.of(site.path)
+                same = drops[site.path] == self._dropped[site.path]
+                if not (same and offsets is None and self._rows.get(site.path) is None):
                     target = _oriented(_weight(self._model, site).data, site)
-                    self._cut(site.path, drops[site.path], target)
+                    self._cut(site.path, drops[site.path], target, offsets)
+                self._rows[site.path] = offsets
         self._dropped = drops
         self._cost.apply(self._model, strategy.values)
 
-    def _cut(self, path: str, num_dropped: int, target: Tensor) -> None:
+    def _cut(self, path: str, num_dropped: int, target: Tensor, rows: Tensor | None) -> None:
         dense = self._dense[path]
         if dense.dtype == target.dtype:
-            cut(dense, self._ranks[path], num_dropped, out=target)
+            cut(dense, self._ranks[path], num_dropped, rows=rows, out=target)
         else:  # weights that are kept in half precision are computed with in float32
-            target.copy_(cut(dense, self._ranks[path], num_dropped))
+            target.copy_(cut(dense, self._ranks[path], num_dropped, rows=rows))
 
     def _run(self, ids: Tensor, derivatives: bool) -> float:
         """Return the mean KL per token; with derivatives, leave gradients on the site weights."""

@@ -17,9 +17,16 @@ from unicuco.allocate import AllocationContext, Allocator, AxisCurves
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import AllocationError, InfeasibleRequestError
 from unicuco.testing.cases import make_evaluation_case
+from unicuco.testing.planted import (
+    planted_case,
+    planted_judge,
+    reversed_strategy,
+    shuffled_strategy,
+)
 from unicuco.testing.profiles import make_profile
 from unicuco.testing.tiny import tiny_model_folder
 
+PLANTED_SPARSITIES: Final = (0.5, 0.7)
 SPARSITIES: Final = (0.0, 0.05, 0.3, 0.5, 0.501, 0.6, 0.8, 0.9)
 _PROFILE: Final = make_profile([[(40, 60), (80, 30)], [(50, 50), (20, 90)], [(60, 60)]])
 
@@ -48,10 +55,13 @@ class AllocatorContract:
     """What every allocator satisfies; subclasses say how one is made.
 
     ``needs_evidence``: it looks at the model, and refuses a context without evidence.
+    ``sees_sensitivity``: it claims to know which parts of a model matter, and is held to it on the
+    planted model.
     """
 
     name: ClassVar[str]
     needs_evidence: ClassVar[bool] = False
+    sees_sensitivity: ClassVar[bool] = False
 
     def make(self, context: AllocationContext) -> Allocator:
         """Return a fresh allocator."""
@@ -108,3 +118,20 @@ class AllocatorContract:
     def test_a_sparsity_beyond_the_range_is_refused(self, context: AllocationContext) -> None:
         with pytest.raises(InfeasibleRequestError):
             self.make(context).allocate([0.5, 0.995])
+
+    def test_beats_uniform_and_its_own_reversal_and_shuffles_where_sensitivity_is_planted(
+        self,
+    ) -> None:
+        if not self.sees_sensitivity:
+            return
+        case = planted_case()
+        space, judge = case.space, planted_judge()
+        for strategy in self.make(case.context).allocate(PLANTED_SPARSITIES):
+            dropped = space.cost.total_params - space.cost.kept_params(strategy.values)
+            others = [
+                space.uniform(dropped / space.cost.num_site_weights),
+                reversed_strategy(space, strategy),
+                *(shuffled_strategy(space, strategy, seed=seed) for seed in range(3)),
+            ]
+            own = judge.evaluate(strategy).kl
+            assert own < min(judge.evaluate(other).kl for other in others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +27,7 @@ _LEARNING_RATE: Final = 3e-3
 _BATCH: Final = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationCase:
     """A model, its drop order and a text: what an evaluator and a search are built from."""
 
@@ -42,23 +43,28 @@ class EvaluationCase:
 
     @property
     def context(self) -> AllocationContext:
-        """What one-shot allocators look at, the model itself included."""
-        return AllocationContext(
-            space=self.space,
-            curves=self.curves,
-            evidence=Evidence(
-                loaded=self.loaded,
-                ranks=RankStore(metric="wanda", ranks=self.ranks),
-                granularity=self.config.granularity,
-                calibration=self.calibration,
-                texts=RandomTexts(),
-                seed=0,
-            ),
-        )
+        """What one-shot allocators look at, the model itself included; the same at every call."""
+        return _context(self)
 
     def evaluator(self) -> LocalEvaluator:
         """Build an evaluator of its own."""
         return LocalEvaluator.from_arrays(self.config, self.arrays)
+
+
+@cache
+def _context(case: EvaluationCase) -> AllocationContext:
+    return AllocationContext(
+        space=case.space,
+        curves=case.curves,
+        evidence=Evidence(
+            loaded=case.loaded,
+            ranks=RankStore(metric="wanda", ranks=case.ranks),
+            granularity=case.config.granularity,
+            calibration=case.calibration,
+            texts=RandomTexts(),
+            seed=0,
+        ),
+    )
 
 
 class RandomTexts:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,20 @@ from torch import Tensor
 
 from unicuco.allocate import (
     ALLOCATORS,
+    DSA,
+    OWL,
     AllocationContext,
     Allocator,
+    AlphaPruning,
     AxisCurves,
+    Evidence,
     Fisher,
+    LayerIF,
     TextPart,
+    Trim,
     Uniform,
 )
+from unicuco.allocate.layerif import InfluenceScores, LayerIFOptions, measure_influence
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import TextError
 from unicuco.pipeline import LearnOptions
@@ -36,9 +44,68 @@ class TestUniform(AllocatorContract):
 
 class TestFisher(AllocatorContract):
     name = "fisher"
+    sees_sensitivity = True
 
     def make(self, context: AllocationContext) -> Allocator:
         return Fisher(context)
+
+
+class TestOWL(AllocatorContract):
+    name = "owl"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return OWL(context)
+
+
+class TestAlphaPruning(AllocatorContract):
+    name = "alphapruning"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return AlphaPruning(context)
+
+
+class TestDSA(AllocatorContract):
+    name = "dsa"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return DSA(context)
+
+
+class TestLayerIF(AllocatorContract):
+    name = "layerif"
+    needs_evidence = True
+    sees_sensitivity = True
+    options = LayerIFOptions(train_items=150, validation_items=48, item_tokens=50)
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return LayerIF(context, self.options, scores=self.measured(context))
+
+    def measured(self, context: AllocationContext) -> InfluenceScores | None:
+        """Measure every model once for all tests; contexts without a model are left alone."""
+        evidence = context.evidence
+        if evidence is None:
+            return None
+        return _influence(evidence)
+
+
+class TestTrim(AllocatorContract):
+    name = "trim"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return Trim(context)
+
+
+@cache
+def _influence(evidence: Evidence) -> InfluenceScores:
+    return measure_influence(evidence, TestLayerIF.options)
 
 
 class TestStratNet(AllocatorContract):

@@ -17,6 +17,7 @@ from unicuco.errors import EvaluationError
 from unicuco.evaluate import LocalEvaluator
 from unicuco.evaluate.local import pack_model
 from unicuco.models import load_tokenizer, read_site
+from unicuco.rows import RowRule
 from unicuco.search.drive import outcome_of
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
 from unicuco.testing.tiny import tiny_model_folder
@@ -280,3 +281,22 @@ def test_the_working_copy_is_private(case: EvaluationCase) -> None:
     assert all(np.array_equal(before[name], case.arrays[name]) for name in before)
     assert isinstance(case.loaded.model, nn.Module)
     assert not any(p.requires_grad for p in case.loaded.model.parameters())
+
+
+def test_a_row_rule_is_cut_and_forgotten_again(case: EvaluationCase) -> None:
+    evaluator = case.evaluator()
+    strategy = case.space.uniform(0.5)
+    site = case.loaded.profile.sites[0]
+    plain = evaluator.evaluate(strategy)
+    half = site.num_rows // 2
+    counts = torch.full((site.num_rows,), site.num_columns)
+    counts[half:] = 0  # the same total: the first half of the rows goes, the rest stays whole
+    ruled = evaluator.evaluate(strategy, rows=RowRule.from_counts({site.path: counts}))
+    assert ruled.kept_fraction == plain.kept_fraction
+    assert ruled.kl != plain.kl
+    assert evaluator.evaluate(strategy).kl == plain.kl
+    rule = RowRule.from_counts({site.path: counts})
+    with pytest.raises(ValueError, match="no derivatives under a row rule"):
+        evaluator.evaluate(strategy, derivatives=True, rows=rule)
+    windows = evaluator.window_kl(strategy, rows=rule)
+    assert float(windows.mean()) == pytest.approx(ruled.kl, rel=1e-5)
