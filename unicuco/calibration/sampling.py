@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from unicuco.calibration.windows import TokenSet
 from unicuco.errors import TextError
+
+if TYPE_CHECKING:  # a learner never needs it, and it takes 300 MB
+    from transformers import PreTrainedModel
 
 _RESTARTS: Final = 4  # of k-means, the best is kept
 

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unicuco.errors import ModelError, TextError
 from unicuco.models import site_module
 from unicuco.types import ModelProfile, Site
+
+if TYPE_CHECKING:  # a learner never needs it, and it takes 300 MB
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Bounds the memory of one forward pass: logits of 2,048 tokens at a vocabulary of 150,000 are 1.2
 # GB.
