@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import Granularity
 from unicuco.importance import METRICS, SiteStats
-from unicuco.models import LoadedModel, read_site
+from unicuco.models import read_site
 from unicuco.ranks import RankStore
 from unicuco.types import ModelProfile, Site
+
+if TYPE_CHECKING:
+    from unicuco.models import LoadedModel
 
 
 class TextPart(StrEnum):

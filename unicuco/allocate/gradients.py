@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from unicuco.calibration import TokenSet
 from unicuco.errors import AllocationError
 from unicuco.importance.influence import gradient_products
-from unicuco.models import LoadedModel, site_module
+from unicuco.models import site_module
 from unicuco.types import Site
+
+if TYPE_CHECKING:
+    from unicuco.models import LoadedModel
 
 _ITEMS_PER_PASS: Final = 16
 MEMORY_BYTES: Final = 1 << 30  # for inputs and gradients of the blocks that are watched at a time

@@ -8,14 +8,17 @@ Notation: N tokens, i input columns of a site.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from unicuco.calibration import TokenSet, watch_inputs
 from unicuco.errors import ModelError
-from unicuco.models import LoadedModel
 from unicuco.types import Site
+
+if TYPE_CHECKING:
+    from unicuco.models import LoadedModel
 
 
 @torch.no_grad()
