@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.evidence import Evidence
@@ -53,6 +53,7 @@ class Allocator(Protocol):
         """
 
 
+@runtime_checkable
 class RowAllocator(Allocator, Protocol):
     """An allocator that also decides how a site's dropped weights are spread over its rows."""
 
