@@ -11,7 +11,7 @@ from typing import Final
 
 from unicuco.allocate.adapmtl import AdapMtl
 from unicuco.allocate.alphapruning import AlphaPruning
-from unicuco.allocate.base import AllocationContext, Allocator
+from unicuco.allocate.base import AllocationContext, Allocator, RowAllocator
 from unicuco.allocate.besa import Besa
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.dsa import DSA
@@ -20,6 +20,7 @@ from unicuco.allocate.fisher import Fisher
 from unicuco.allocate.layerif import LayerIF
 from unicuco.allocate.lua import Lua
 from unicuco.allocate.owl import OWL
+from unicuco.allocate.trim import Trim
 from unicuco.allocate.uniform import Uniform
 
 ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
@@ -32,6 +33,7 @@ ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "adapmtl": AdapMtl,
     "dsa": DSA,
     "layerif": LayerIF,
+    "trim": Trim,
 }
 
 __all__ = [
@@ -48,7 +50,9 @@ __all__ = [
     "Fisher",
     "LayerIF",
     "Lua",
+    "RowAllocator",
     "TextPart",
     "TextSource",
+    "Trim",
     "Uniform",
 ]

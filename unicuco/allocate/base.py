@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.evidence import Evidence
 from unicuco.errors import AllocationError
+from unicuco.rows import RowRule
 from unicuco.space import StrategySpace
 from unicuco.types import Strategy
 
@@ -50,3 +51,11 @@ class Allocator(Protocol):
         Raises:
             InfeasibleRequestError: a sparsity beyond what the space reaches.
         """
+
+
+@runtime_checkable
+class RowAllocator(Allocator, Protocol):
+    """An allocator that also decides how a site's dropped weights are spread over its rows."""
+
+    def row_rule(self, strategy: Strategy) -> RowRule:
+        """Return the rows of one of its own strategies."""

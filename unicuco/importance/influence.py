@@ -63,10 +63,10 @@ def gradient_products(inputs: Tensor, gradients: Tensor, num_train: int) -> tupl
     cross = torch.zeros(n, dtype=torch.float64)
     step = max(1, _CHUNK // max(1, len(inputs) * inputs.shape[2]))
     for part in gradients.split(step, dim=2):  # rows of the matrix, a few at a time
-        own = torch.bmm(part.transpose(1, 2), inputs).flatten(1).double()  # (n + m, o' i)
-        gram += own[:n] @ own[:n].T
+        own = torch.bmm(part.transpose(1, 2), inputs).flatten(1)  # (n + m, o' i)
+        gram += own[:n] @ own[:n].T  # a chunk in float32, their sum in float64
         cross += own[:n] @ own[n:].sum(0)
     return gram, cross
 
 
-_CHUNK: Final = 1 << 24  # entries of gradients at a time: 128 MiB
+_CHUNK: Final = 1 << 24  # entries of gradients at a time: 64 MiB

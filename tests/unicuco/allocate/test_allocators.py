@@ -20,6 +20,7 @@ from unicuco.allocate import (
     Fisher,
     LayerIF,
     TextPart,
+    Trim,
     Uniform,
 )
 from unicuco.allocate.layerif import InfluenceScores, LayerIFOptions, measure_influence
@@ -91,6 +92,15 @@ class TestLayerIF(AllocatorContract):
         if evidence is None:
             return None
         return _influence(evidence)
+
+
+class TestTrim(AllocatorContract):
+    name = "trim"
+    needs_evidence = True
+    sees_sensitivity = True
+
+    def make(self, context: AllocationContext) -> Allocator:
+        return Trim(context)
 
 
 @cache
