@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import quality, speed
+from benchmarks import acceptance, quality, speed
 
 
 def main() -> None:
     """Run all parts with their default options."""
+    acceptance.main([])
     quality.main([])
     speed.main([])
 

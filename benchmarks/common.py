@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import operator
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -21,6 +23,38 @@ from unicuco.pipeline.texts import test_windows
 from unicuco.types import Strategy
 
 RESULTS = Path(__file__).parent / "results"
+
+
+_RELATIONS: Final[dict[str, Callable[[float, float], bool]]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One acceptance test as measured: ``bound`` is a relation and a number, or empty."""
+
+    method: str
+    test: str
+    figure: float
+    bound: str
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the bound is met; none where there is none."""
+        if not self.bound:
+            return None
+        relation, limit = self.bound.split()
+        return _RELATIONS[relation](self.figure, float(limit))
+
+    @property
+    def verdict(self) -> str:
+        """The table's last column."""
+        return {None: "", True: "met", False: "MISSED"}[self.passed]
 
 
 class Bench:
@@ -50,7 +84,8 @@ class Bench:
         tokenizer = load_tokenizer(self.prepared.loaded.folder)
         test = test_windows(tokenizer, None, tokens=test_tokens, context=self.prepared.context)
         config = replace(self.prepared.evaluator, text_digest=test.digest)
-        self.test_judge = LocalEvaluator(config, {**self.arrays, **self.prepared.text_arrays(test)})
+        self.test_arrays = {**self.arrays, **self.prepared.text_arrays(test)}
+        self.test_judge = LocalEvaluator(config, self.test_arrays)
         self.test_tokens = test.num_tokens
         self.space = self.prepared.space
         self.context = allocation_context(self.prepared)

@@ -59,6 +59,16 @@ class RowRule:
         """Return a site's offsets, or none where its rows drop equally."""
         return self.offsets.get(path)
 
+    def to_dict(self) -> dict[str, list[int]]:
+        """Return the rule as a JSON object that `from_dict` reads back."""
+        return {path: rows.tolist() for path, rows in self.offsets.items()}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, list[int]]) -> RowRule:
+        """Read what `to_dict` returned."""
+        offsets = {path: torch.tensor(rows, dtype=torch.int32) for path, rows in document.items()}
+        return cls(offsets)
+
     @property
     def digest(self) -> str:
         """The sha256 over names and offsets, in hexadecimal."""

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
@@ -29,8 +30,10 @@ from transformers import PreTrainedModel
 from unicuco.dimensions import Granularity, build_cost
 from unicuco.errors import EvaluationError
 from unicuco.evaluate.rank_window import site_derivative
+from unicuco.levels import LevelDatabase
 from unicuco.models import build_skeleton, site_module
 from unicuco.objectives import DenseReference
+from unicuco.pruners import LevelPruner
 from unicuco.ranks import cut
 from unicuco.rows import RowRule
 from unicuco.types import Evaluation, ModelProfile, Site, Strategy
@@ -49,7 +52,8 @@ class EvaluatorConfig:
     """What an evaluator needs besides its arrays; small, and the same on every node.
 
     ``model_config`` is the model's configuration as JSON; ``threads`` are torch threads (0: leave
-    as they are).
+    as they are). ``levels`` is the folder of a level database that sites are taken from instead of
+    being cut by the rank store; such evaluators know no derivatives and no row rules.
     """
 
     model_config: str
@@ -58,6 +62,7 @@ class EvaluatorConfig:
     granularity: Granularity
     text_digest: str
     threads: int = 0
+    levels: str = ""
 
 
 class LocalEvaluator:
@@ -93,6 +98,9 @@ class LocalEvaluator:
             site.path: _oriented(state[f"{site.path}.weight"], site)
             for site in config.profile.sites
         }
+        self._levels = (
+            LevelPruner(LevelDatabase(Path(config.levels)), self._dense) if config.levels else None
+        )
         self._dropped: dict[str, int] = dict.fromkeys(self._dense, 0)
         self._rows: dict[str, Tensor | None] = {}
 
@@ -123,11 +131,11 @@ class LocalEvaluator:
 
         Raises:
             EvaluationError: the KL or a derivative is not finite.
-            ValueError: derivatives are asked of a space with other axes than sparsity, or under a
-                row rule.
+            ValueError: derivatives are asked of a space with other axes than sparsity, under a row
+                rule or of levels, or a row rule of levels.
         """
-        if derivatives and rows is not None:
-            raise ValueError("there are no derivatives under a row rule")
+        if derivatives and (rows is not None or self._levels is not None):
+            raise ValueError("there are no derivatives under a row rule or of levels")
         if derivatives and self.config.dimensions != ("sparsity",):
             raise ValueError(
                 f"only sparsity has derivatives, the axes are {', '.join(self.config.dimensions)}"
@@ -195,21 +203,26 @@ class LocalEvaluator:
 
     def _load(self, strategy: Strategy, rows: RowRule | None) -> None:
         """Bring the working copy to a strategy, cutting only the sites that change."""
+        if rows is not None and self._levels is not None:
+            raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
         drops = self._cost.site_drops(strategy.values)
         with torch.no_grad():
             for site in self.config.profile.sites:
                 offsets = None if rows is None else rows.of(site.path)
                 same = drops[site.path] == self._dropped[site.path]
                 if not (same and offsets is None and self._rows.get(site.path) is None):
-                    target = _oriented(_weight(self._model, site).data, site)
-                    self._cut(site.path, drops[site.path], target, offsets)
+                    self._cut(site, drops[site.path], offsets)
                 self._rows[site.path] = offsets
         self._dropped = drops
         self._cost.apply(self._model, strategy.values)
 
-    def _cut(self, path: str, num_dropped: int, target: Tensor, rows: Tensor | None) -> None:
+    def _cut(self, site: Site, num_dropped: int, rows: Tensor | None) -> None:
+        path = site.path
+        target = _oriented(_weight(self._model, site).data, site)
         dense = self._dense[path]
-        if dense.dtype == target.dtype:
+        if self._levels is not None:
+            target.copy_(self._levels.materialise(site, num_dropped))
+        elif dense.dtype == target.dtype:
             cut(dense, self._ranks[path], num_dropped, rows=rows, out=target)
         else:  # weights that are kept in half precision are computed with in float32
             target.copy_(cut(dense, self._ranks[path], num_dropped, rows=rows))

@@ -30,9 +30,11 @@ from unicuco.export.names import match_sites
 from unicuco.export.staging import HashedFile, staged_folder
 from unicuco.models import LoadedModel, load_model, read_site, weight_files
 from unicuco.ranks import RankStore, cut
+from unicuco.rows import RowRule
 from unicuco.space import StrategySpace
 from unicuco.types import ModelProfile, Plan, ServedAs, Site
 
+ROWS_NAME: Final = "rows.json"  # no safetensors: engines load every such file as weights
 _CHUNK_BYTES: Final = 1 << 20
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
@@ -68,11 +70,15 @@ _SMALL_FILES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class _SiteCut:
-    """What happens to one site: ``rank`` is ``o x i``, the lowest ``num_dropped`` become zero."""
+    """What happens to one site: ``rank`` is ``o x i``, the lowest ``num_dropped`` become zero.
+
+    ``rows`` are its offsets of a row rule, or none.
+    """
 
     site: Site
     rank: Tensor
     num_dropped: int
+    rows: Tensor | None
 
 
 def write_variant(
@@ -84,6 +90,7 @@ def write_variant(
     space: StrategySpace,
     plan: Plan,
     provenance: Mapping[str, object],
+    rows: RowRule | None = None,
     overwrite: bool = False,
 ) -> CheckpointRef:
     """Cut the plan's strategy and write the variant; it stands at ``out`` as a whole or not at all.
@@ -97,6 +104,8 @@ def write_variant(
         space: that the strategy belongs to.
         plan: what to cut; it must be served as a mask.
         provenance: ``run`` (digest) and ``seed``; ``versions`` (name -> version) may be given too.
+        rows: how a site's dropped weights are spread over its rows; kept beside the weights as
+            ``rows.json``. None: equally.
         overwrite: replace a variant that stands at ``out``.
 
     Raises:
@@ -106,10 +115,14 @@ def write_variant(
         RunError: the ranks are another model's.
     """
     folder = base if isinstance(base, Path) else base.folder
-    cuts = _site_cuts(profile, ranks, space, plan)
+    cuts = _site_cuts(profile, ranks, space, plan, rows)
     with staged_folder(out, overwrite=overwrite) as stage:
         files = _write_weights(stage, folder, profile, cuts)
         files |= _copy_small_files(folder, stage, present=files.keys())
+        if rows is not None:
+            with HashedFile(stage / ROWS_NAME) as file:
+                file.write(json.dumps(rows.to_dict()).encode())
+            files[ROWS_NAME] = file.sha256()
         document = VariantDocument(
             plan=plan,
             base_digest=profile.digest,
@@ -128,7 +141,11 @@ def write_variant(
 
 
 def _site_cuts(
-    profile: ModelProfile, ranks: RankStore, space: StrategySpace, plan: Plan
+    profile: ModelProfile,
+    ranks: RankStore,
+    space: StrategySpace,
+    plan: Plan,
+    rows: RowRule | None,
 ) -> list[_SiteCut]:
     """Turn the plan's strategy into one cut per site, refusing what can't be stored as zeros."""
     if plan.served_as is not ServedAs.MASK:
@@ -146,7 +163,15 @@ def _site_cuts(
             "the plan removes whole blocks, which can't be written in this version; "
             "plan with the sparsity dimension alone"
         )
-    return [_SiteCut(site, ranks.ranks[site.path], drops[site.path]) for site in profile.sites]
+    return [
+        _SiteCut(
+            site=site,
+            rank=ranks.ranks[site.path],
+            num_dropped=drops[site.path],
+            rows=None if rows is None else rows.of(site.path),
+        )
+        for site in profile.sites
+    ]
 
 
 def _write_weights(
@@ -188,7 +213,7 @@ def _cut_bytes(matrix: memoryview, entry: TensorEntry, site_cut: _SiteCut) -> No
     """Zero the dropped weights of one stored matrix in place."""
     weight = torch.frombuffer(matrix, dtype=_DTYPES[entry.dtype]).view(entry.shape)
     weight = weight.T if site_cut.site.transposed else weight  # (o, i)
-    cut(weight, site_cut.rank, site_cut.num_dropped, out=weight)
+    cut(weight, site_cut.rank, site_cut.num_dropped, rows=site_cut.rows, out=weight)
 
 
 def _copy(source: FileIO, file: HashedFile, count: int, buffer: memoryview) -> None:
@@ -218,7 +243,7 @@ def _write_through_model(stage: Path, folder: Path, cuts: Sequence[_SiteCut]) ->
     loaded = load_model(folder, dtype=_stored_dtype(folder))
     for site_cut in cuts:
         weight = read_site(loaded.model, site_cut.site)
-        cut(weight, site_cut.rank, site_cut.num_dropped, out=weight)
+        cut(weight, site_cut.rank, site_cut.num_dropped, rows=site_cut.rows, out=weight)
     loaded.model.save_pretrained(stage)
     for path in stage.iterdir():  # configurations are taken from the base as they are
         if path.name != _INDEX and path.suffix != ".safetensors":

@@ -13,6 +13,7 @@ from unicuco.dimensions import build_space
 from unicuco.export import CheckpointRef, write_variant
 from unicuco.models import load_model
 from unicuco.ranks import RankStore, rank_rows
+from unicuco.rows import RowRule
 from unicuco.space import StrategySpace
 from unicuco.types import ModelProfile, Plan, Prediction, Request, ServedAs, Strategy, Target
 
@@ -40,6 +41,7 @@ class VariantCase:
         *,
         base: Path | None = None,
         plan: Plan | None = None,
+        rows: RowRule | None = None,
         overwrite: bool = False,
     ) -> CheckpointRef:
         """Write the variant, of another base folder or plan if given."""
@@ -51,6 +53,7 @@ class VariantCase:
             space=self.space,
             plan=plan or self.plan,
             provenance=PROVENANCE,
+            rows=rows,
             overwrite=overwrite,
         )
 

@@ -19,6 +19,7 @@ from unicuco.export import read_variant
 from unicuco.export.names import match_sites
 from unicuco.models import load_model, read_site
 from unicuco.ranks import keep_mask
+from unicuco.rows import RowRule
 from unicuco.testing.tiny import FAMILIES, tiny_model_folder
 from unicuco.testing.variants import VariantCase, make_plan, make_variant_case
 from unicuco.types import ModelProfile, ServedAs, Site
@@ -214,3 +215,25 @@ def test_cutting_the_same_plan_again_gives_the_same_bytes(
     assert (tmp_path / "a" / "strategy.json").read_bytes() == (
         tmp_path / "b" / "strategy.json"
     ).read_bytes()
+
+
+def test_a_row_rule_is_cut_and_kept_beside_the_weights(tmp_path: Path) -> None:
+    case = make_variant_case(tiny_model_folder(tmp_path / "base", "llama"))
+    site = case.profile.sites[1]
+    counts = torch.zeros(site.num_rows, dtype=torch.int64)
+    left = case.drops[site.path]
+    for row in range(site.num_rows):  # the first rows lose all
+        counts[row] = min(left, site.num_columns)
+        left -= int(counts[row])
+    rule = RowRule.from_counts({site.path: counts})
+    case.write(tmp_path / "out", rows=rule)
+    case.write(tmp_path / "plain")
+    cut, plain = (load_model(tmp_path / name).model for name in ("out", "plain"))
+    assert torch.equal((read_site(cut, site) == 0).sum(1), counts)
+    for other in case.profile.sites:
+        if other is not site:
+            assert same_bits(read_site(cut, other), read_site(plain, other))
+    document = read_variant(tmp_path / "out")
+    assert "rows.json" in dict(document.files)
+    stored = RowRule.from_dict(json.loads((tmp_path / "out" / "rows.json").read_text()))
+    assert stored.digest == rule.digest

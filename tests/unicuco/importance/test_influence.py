@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from unicuco.importance.influence import (
     gradient_products,
     positive_influence,
 )
+from unicuco.testing.convex import RIDGE, convex_toy
 
 
 def _gradients(items: int, parameters: int, seed: int) -> Tensor:
@@ -46,44 +46,12 @@ def test_datainf_agrees_with_the_exact_inverse_on_a_small_block(seed: int) -> No
     )
 
 
-def _fit(x: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """Logistic regression by Newton's method: mean loss and a ridge."""
-    weights = torch.zeros(x.shape[1], dtype=torch.float64)
-    for _ in range(30):
-        p = torch.sigmoid(x @ weights)
-        gradient = x.T @ (p - y) / len(y) + ridge * weights
-        hessian = (x.T * (p * (1 - p))) @ x / len(y)
-        hessian += ridge * torch.eye(len(weights), dtype=torch.float64)
-        weights = weights - torch.linalg.solve(hessian, gradient)
-    return weights
-
-
-def _loss(x: Tensor, y: Tensor, weights: Tensor) -> float:
-    return float(torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, y))
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_influence_predicts_retraining_without_an_item_on_a_convex_problem(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    x = torch.from_numpy(draw.normal(size=(80, 5)))
-    truth = torch.from_numpy(draw.normal(size=5))
-    y = (torch.sigmoid(x @ truth) > torch.from_numpy(draw.uniform(size=80))).double()
-    train, held_out = (x[:50], y[:50]), (x[50:], y[50:])
-    ridge = 0.05
-    weights = _fit(*train, ridge)
-    gradients = train[0] * (torch.sigmoid(train[0] @ weights) - train[1])[:, None]
-    validation = (held_out[0] * (torch.sigmoid(held_out[0] @ weights) - held_out[1])[:, None]).mean(
-        0
-    )
-    influence = datainf(gradients @ gradients.T, gradients @ validation, ridge)
-    before = _loss(*held_out, weights)
-    changes = []
-    for item in range(50):
-        rest = [k for k in range(50) if k != item]
-        changes.append(_loss(*held_out, _fit(train[0][rest], train[1][rest], ridge)) - before)
+    toy = convex_toy(seed)
+    influence = datainf(toy.gradients @ toy.gradients.T, toy.gradients @ toy.validation, RIDGE)
     # Leaving an item out is lowering its weight: what harms is missed with gain.
-    pair = torch.stack([-influence, torch.tensor(changes, dtype=torch.float64)])
-    assert float(torch.corrcoef(pair)[0, 1]) > 0.9
+    assert float(torch.corrcoef(torch.stack([-influence, toy.changes]))[0, 1]) > 0.9
 
 
 def test_only_what_harms_counts() -> None:

@@ -1,0 +1,52 @@
+"""Hessians of the sites' squared output errors, from one pass over the calibration text.
+
+Inputs are those of the dense model, for one set of levels has to serve every strategy.
+
+Notation: N tokens, i input columns of a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unicuco.calibration import TokenSet, watch_inputs
+from unicuco.errors import ModelError
+from unicuco.models import LoadedModel
+from unicuco.types import Site
+
+
+@torch.no_grad()
+def collect_hessians(
+    loaded: LoadedModel, sites: Sequence[Site], tokens: TokenSet
+) -> dict[str, Tensor]:
+    """Run the text through the model and sum H = 2/N X^T X of some sites.
+
+    Args:
+        loaded: the dense model.
+        sites: of it; memory is i² numbers of 4 bytes for each.
+        tokens: the calibration text.
+
+    Returns:
+        Site path to ``i x i`` float32.
+
+    Raises:
+        ModelError: inputs are NaN or infinite.
+    """
+    paths = {site.path for site in sites}
+    sums = {site.path: torch.zeros(site.num_columns, site.num_columns) for site in sites}
+
+    def observe(site: Site, inputs: Tensor) -> None:
+        if site.path in paths:
+            x = inputs.flatten(0, -2).float()
+            sums[site.path].addmm_(x.T, x, alpha=2 / tokens.num_tokens)
+
+    with watch_inputs(loaded.model, loaded.profile, observe):
+        for batch in tokens.batches():
+            loaded.model(input_ids=batch.to(loaded.model.device), use_cache=False)
+    for path, hessian in sums.items():
+        if not bool(torch.isfinite(hessian).all()):
+            raise ModelError(f"the inputs of {path} are NaN or infinite on the calibration text")
+    return sums
