@@ -1,215 +1,112 @@
-"""Is learning once as good as searching per request, and which part of it helps?
+"""Is learning once as good as searching per request? Every method, at equal budgets.
 
-All on the reference model at equal units, KL on test text that nothing learned from. Three parts,
-each with a file of results of its own, written after every seed:
+Parts, each with a file of results of its own that is written after every job and resumed:
 
-- ``ablation``: uniform and Fisher; the surrogate on values, then on values and derivatives, each
-  minimised per target and through StratNet (one run of 110 units for all targets together); the
-  same without Fisher curves;
-- ``evolution``: the rival, EvoPress-style, 300 units for each target alone;
-- ``presets``: hypervolume of (size, test KL) of ``default`` and ``paper`` at equal units.
+- every allocator's name (``uniform``, ``owl``, …, ``evopress``, ``optspa``, ``stratnet``): KL and
+  perplexity on test text that nothing learned from, seconds and units per request, and what is paid
+  once. One run per seed serves every table. EvoPress gets max(the run's units, 300) units for each
+  request;
+- ``tasks``: accuracy of those strategies by log likelihood, through lm-eval, from local files;
+- ``ablation`` and ``presets``: which part of learning helps (`benchmarks.ablation`);
+- ``report``: the table and, per sparsity, the plot of quality against total seconds for 1, 8, 64
+  and 512 requests.
 
-``python -m benchmarks.quality [PART …]``; files go to ``benchmarks/results/``.
+``python -m benchmarks.quality [PART …] [--seeds 5] [--processes 2] [--model …]``; files go to
+``benchmarks/results/quality/``. ``--model wikitext`` trains a second model of another architecture
+first, from WikiText-2 in ``../shared/data``.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.common import Bench, save, table
-from unicuco.allocate import ALLOCATORS
-from unicuco.search import SearchConfig, build_search, learn_network
-from unicuco.search.evolution import Evolution, EvolutionOptions
-from unicuco.search.hypervolume import hypervolume
-from unicuco.stratnet import StratNetAllocator
-from unicuco.surrogate import EPSILON, GaussianProcess, SurrogateOptions
-from unicuco.types import Evaluation, Strategy
+from benchmarks import ablation, report, tasks
+from benchmarks.common import Bench
+from benchmarks.jobs import kind_of, make_jobs, run_jobs
+from benchmarks.ledger import Ledger, Setting
+from benchmarks.second_model import SECOND, resolve
+from unicuco.pipeline.contest import LEARNED, allocator_names
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
-UNITS = 110.0
-VALIDATION_UNITS = 21.0  # what calibrating the intervals costs a run; counted, though unused here
-EVOLUTION_UNITS = 300.0
-FRONT = tuple(round(0.1 + 0.1 * k, 1) for k in range(9))  # 0.1 … 0.9, for the hypervolume
-
-Evaluated = list[tuple[Strategy, Evaluation]]
-
-
-def run_search(bench: Bench, config: SearchConfig, units: float) -> Evaluated:
-    """Run a preset's search in this process until ``units`` are spent, preparation included."""
-    search = build_search(config)
-    spent = bench.preparation_units
-    evaluated: Evaluated = []
-    round_ = 0
-    while True:
-        results = []
-        for ask in search.ask(round_):
-            cost = 3.0 if ask.derivatives else 1.0
-            if spent + cost > units + 1e-9:
-                return evaluated
-            outcome = bench.search_judge.evaluate(ask.strategy, derivatives=ask.derivatives)
-            spent += cost
-            results.append((ask, outcome))
-            evaluated.append((ask.strategy, outcome))
-        search.tell(round_, results)
-        round_ += 1
-
-
-def learned(
-    bench: Bench, config: SearchConfig, evaluated: Evaluated
-) -> tuple[GaussianProcess, StratNetAllocator]:
-    """Learn surrogate and network as a run does at its end."""
-    config = replace(config, training=replace(config.training, steps=400))
-    surrogate, net = learn_network(config, evaluated, seed=config.seed)
-    return surrogate, StratNetAllocator(net, bench.space)
-
-
-def optimise_directly(
-    bench: Bench, surrogate: GaussianProcess, sparsities: Sequence[float]
-) -> list[Strategy]:
-    """Minimise the surrogate for every target on its own, without a network."""
-    kept = torch.tensor([bench.space.kept_for_sparsity(s) for s in sparsities]).double()
-    z = torch.zeros(len(sparsities), bench.space.num_axes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([z], lr=0.05)
-    for _ in range(300):
-        mean, std = surrogate.posterior(bench.space.project_logits(z, kept))
-        optimizer.zero_grad()
-        (mean + std).sum().backward()
-        optimizer.step()
-    points = bench.space.project_logits(z, kept).detach()
-    return bench.space.decode_exact(points, [int(k) for k in kept])
-
-
-def evolve(bench: Bench, sparsity: float, seed: int) -> Strategy:
-    """Search one target by evolution for `EVOLUTION_UNITS`, preparation not counted."""
-    judge = bench.search_judge
-    evolution = Evolution(bench.space, sparsity, EvolutionOptions(), seed=seed)
-    evolution.tell([evolution.best], [judge.evaluate(evolution.best).kl])
-    few = int(bench.prepared.texts.search.num_tokens * evolution.options.screening_fraction)
-    spent = 1.0
-    while spent + evolution.units_per_generation <= EVOLUTION_UNITS:
-        children = evolution.ask()
-        screened = [judge.evaluate(child, tokens=few).kl for child in children]
-        survivors = evolution.survivors(children, screened)
-        evolution.tell(survivors, [judge.evaluate(child).kl for child in survivors])
-        spent += evolution.units_per_generation
-    return evolution.best
-
-
-def front_hypervolume(bench: Bench, allocator: StratNetAllocator) -> float:
-    """Return the hypervolume of (kept fraction, log test KL), bounded by (1, KL of 3 nats)."""
-    kl = torch.tensor(bench.test_kl(allocator.allocate(FRONT)), dtype=torch.float64)
-    points = torch.stack([1 - torch.tensor(FRONT).double(), (kl + EPSILON).log()], dim=1)
-    return hypervolume(points, torch.tensor([1.0, 1.1], dtype=torch.float64))
-
-
-def ablation_arms(bench: Bench, seed: int, units: float) -> dict[str, list[Strategy]]:
-    """Return the strategies of every arm at `SPARSITIES`, each arm at the same units."""
-    base = replace(bench.prepared.search, seed=seed)
-    arms: dict[str, list[Strategy]] = {}
-    variants = {
-        "Fisher + GP on values": SurrogateOptions(directions=0),
-        "+ derivatives": SurrogateOptions(),
-        "derivatives without Fisher curves": SurrogateOptions(curves=False),
-    }
-    for name, options in variants.items():
-        config = replace(base, surrogate=options)
-        evaluated = run_search(bench, config, units)
-        surrogate, allocator = learned(bench, config, evaluated)
-        arms[f"{name}, per target"] = optimise_directly(bench, surrogate, SPARSITIES)
-        arms[f"{name}, StratNet"] = allocator.allocate(SPARSITIES)
-    return arms
-
-
-def measure_ablation(bench: Bench, seeds: int) -> None:
-    """Measure one-shot allocators once and every arm of the ablation for each seed."""
-    kl = {
-        name: [[value] for value in bench.test_kl(make(bench.context).allocate(SPARSITIES))]
-        for name, make in ALLOCATORS.items()
-    }
-    for seed in range(seeds):
-        started = time.perf_counter()
-        for name, strategies in ablation_arms(bench, seed, UNITS - VALIDATION_UNITS).items():
-            columns = kl.setdefault(name, [[] for _ in SPARSITIES])
-            for column, value in zip(columns, bench.test_kl(strategies), strict=True):
-                column.append(value)
-        print(f"ablation: seed {seed} took {time.perf_counter() - started:.0f} s", flush=True)
-        _save("ablation", bench, {"kl": kl, "units": UNITS})
-    print(ratios(kl, [column[0] for column in kl["uniform"]]))
-
-
-def measure_evolution(bench: Bench, seeds: int) -> None:
-    """Search every target by evolution, for each seed."""
-    uniform = bench.test_kl([bench.space.uniform(s) for s in SPARSITIES])
-    columns: list[list[float]] = [[] for _ in SPARSITIES]
-    for seed in range(seeds):
-        started = time.perf_counter()
-        found = [evolve(bench, sparsity, seed) for sparsity in SPARSITIES]
-        for column, value in zip(columns, bench.test_kl(found), strict=True):
-            column.append(value)
-        print(f"evolution: seed {seed} took {time.perf_counter() - started:.0f} s", flush=True)
-        name = f"evolution, {EVOLUTION_UNITS:.0f} units per target"
-        _save("evolution", bench, {"kl": {name: columns}, "uniform": uniform})
-        print(ratios({name: columns}, uniform), flush=True)
-
-
-def measure_presets(bench: Bench, seeds: int) -> None:
-    """Measure the hypervolume of both presets at `UNITS`, for each seed."""
-    volumes: dict[str, list[float]] = {"default": [], "paper": []}
-    for seed in range(seeds):
-        for preset, values in volumes.items():
-            config = replace(bench.prepared.search, seed=seed, preset=preset)
-            evaluated = run_search(bench, config, UNITS - VALIDATION_UNITS)
-            values.append(front_hypervolume(bench, learned(bench, config, evaluated)[1]))
-        print(f"presets: seed {seed} {volumes}", flush=True)
-        _save("presets", bench, {"hypervolume": volumes, "units": UNITS})
-    rows = [[seed, *pair] for seed, pair in enumerate(zip(*volumes.values(), strict=True))]
-    print(table(["seed", *volumes], rows))
-
-
-def ratios(kl: dict[str, list[list[float]]], uniform: Sequence[float]) -> str:
-    """Return the table of medians as ratios to uniform."""
-    rows = [
-        [name, len(columns[0])]
-        + [statistics.median(column) / u for column, u in zip(columns, uniform, strict=True)]
-        for name, columns in kl.items()
-    ]
-    return table(["KL / uniform's", "seeds", *map(str, SPARSITIES)], rows)
-
-
-def _save(part: str, bench: Bench, figures: dict[str, object]) -> None:
-    texts = {"search": bench.prepared.texts.search.num_tokens, "test": bench.test_tokens}
-    document = {"part": part, "model": bench.model, "sparsities": SPARSITIES, "tokens": texts}
-    save(part, {**document, **figures})
-
-
-PARTS = {
-    "ablation": (measure_ablation, 3),
-    "evolution": (measure_evolution, 3),
-    "presets": (measure_presets, 5),
+SEEDS = 5
+ABLATION: dict[str, tuple[Callable[[Bench, int], None], int]] = {
+    "ablation": (ablation.measure_ablation, 3),
+    "presets": (ablation.measure_presets, 5),
 }
 
 
+def measure(setting: Setting, methods: Sequence[str], options: argparse.Namespace) -> None:
+    """Measure allocators, all of them for one seed after the other, where results are missing."""
+    ledgers = {method: Ledger(setting, method, kind_of(method)) for method in methods}
+    jobs = [
+        job
+        for seed in range(options.seeds or SEEDS)
+        for method, ledger in ledgers.items()
+        for job in make_jobs(setting, method, seed, options.sparsity)
+        if not ledger.has(seed, job.sparsities)
+    ]
+    started = time.perf_counter()
+    for number, done in enumerate(run_jobs(jobs, options.processes), start=1):
+        method = done.job.method
+        ledgers[method].add(done.records, done.once)
+        where = ", ".join(f"{r.sparsity:g}: KL {r.kl:.4f}" for r in done.records)
+        elapsed = time.perf_counter() - started
+        print(
+            f"{number}/{len(jobs)} seed {done.job.seed} {method} {where} ({elapsed:.0f} s)",
+            flush=True,
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and save."""
+    """Measure, save and report."""
+    methods = [LEARNED, *(name for name in allocator_names() if name != LEARNED)]
+    parts = [*methods, "tasks", *ABLATION, "report"]
+    options = _parser(parts).parse_args(arguments)
+    unknown = [part for part in options.parts if part not in parts]
+    if unknown:
+        raise SystemExit(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    tasks.check_names(options.tasks)
+    torch.set_num_threads(options.threads)
+    resolve(options.model)  # trains the second model where it is not there yet
+    setting = Setting(model=options.model, tokens=options.tokens, test_tokens=options.test_tokens)
+    wanted = options.parts or parts
+    measure(setting, [method for method in methods if method in wanted], options)
+    for part in wanted:
+        if part == "tasks":
+            tasks.measure(setting, methods, options)
+        elif part == "report":
+            report.report(setting, methods)
+        elif part in ABLATION:
+            run, seeds = ABLATION[part]
+            bench = Bench(options.model, tokens=options.tokens, test_tokens=options.test_tokens)
+            run(bench, options.seeds or seeds)
+
+
+def _parser(parts: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure the quality of what is learned.")
-    parser.add_argument("parts", nargs="*", choices=PARTS)
-    parser.add_argument("--model", default="reference")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
+    parser.add_argument("--model", default="reference", help=f"or {SECOND}, or a folder")
     parser.add_argument("--seeds", type=int, help="of every part; its own number if left out")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sparsity", type=_numbers, default=SPARSITIES, help="0.5,0.6,…")
+    parser.add_argument("--processes", type=int, default=1, help="of one thread, side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of ablation and presets")
     parser.add_argument("--tokens", type=int, default=3072, help="of the search text")
     parser.add_argument("--test-tokens", type=int, default=16_384)
-    values = parser.parse_args(arguments)
-    torch.set_num_threads(values.threads)
-    bench = Bench(values.model, tokens=values.tokens, test_tokens=values.test_tokens)
-    for part in values.parts or PARTS:
-        measure, seeds = PARTS[part]
-        measure(bench, values.seeds or seeds)
+    parser.add_argument("--tasks", type=_names, default=("continuation", "hellaswag"))
+    parser.add_argument("--items", type=int, default=200, help="of every task")
+    return parser
+
+
+def _numbers(words: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in words.split(","))
+
+
+def _names(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(","))
 
 
 if __name__ == "__main__":

@@ -186,9 +186,9 @@ class LocalEvaluator:
         return torch.stack(means)
 
     @torch.no_grad()
-    def quality(self, strategy: Strategy) -> tuple[float, float]:
+    def quality(self, strategy: Strategy, *, rows: RowRule | None = None) -> tuple[float, float]:
         """Return the mean KL per token and the mean loss per next token of the text, in nats."""
-        self._load(strategy)
+        self._load(strategy, rows)
         kl, loss, position = 0.0, 0.0, 0
         for window in self._ids.split(1):
             logits = self._model(input_ids=window, use_cache=False).logits[0].float()  # (t, v)
@@ -198,9 +198,9 @@ class LocalEvaluator:
             position += len(logits)
         return max(kl / position, 0.0), loss / (position - len(self._ids))
 
-    def model_at(self, strategy: Strategy) -> PreTrainedModel:
+    def model_at(self, strategy: Strategy, *, rows: RowRule | None = None) -> PreTrainedModel:
         """Return the working copy of the model at a strategy, until the next one is judged."""
-        self._load(strategy)
+        self._load(strategy, rows)
         return cast(PreTrainedModel, self._model)
 
     def _windows(self, tokens: int | None) -> Tensor:

@@ -276,7 +276,7 @@ def _test_text(options: CompareOptions, prepared: Prepared) -> TokenSet:
 def _result(
     options: CompareOptions, answer: Answer, judge: TestJudge, run_evaluations: int
 ) -> Comparison:
-    quality = judge.measure(answer.strategy)
+    quality = judge.measure(answer.strategy, answer.rows)
     return Comparison(
         allocator=answer.allocator,
         sparsity=answer.sparsity,

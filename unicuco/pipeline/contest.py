@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from unicuco.allocate import ALLOCATORS
+from unicuco.allocate import ALLOCATORS, RowAllocator
 from unicuco.errors import RunError, UnicucoError
 from unicuco.pipeline.options import ProgressSink
 from unicuco.pipeline.preparation import Prepared, allocation_context
 from unicuco.pipeline.run import Run
+from unicuco.rows import RowRule
 from unicuco.search import REQUEST_SEARCHES, RequestConfig, RequestSearch, SearchAllocator
 from unicuco.search.drive import Pool, Progress, drive
 from unicuco.search.request import axis_blocks
@@ -32,6 +33,8 @@ LEARNED: Final = "stratnet"
 class Answer:
     """One allocator's strategy for one sparsity, and what it took to get it.
 
+    ``rows`` says how sites' drops are spread over their rows; none: equally.
+
     ``seconds`` of wall time; ``evaluations`` of strategies on the model, and ``units`` of forward
     passes over the search text, for this request alone. ``curve`` is (units, best KL on the search
     text so far) of a search.
@@ -40,6 +43,7 @@ class Answer:
     allocator: str
     sparsity: float
     strategy: Strategy
+    rows: RowRule | None = None
     seconds: float
     evaluations: int = 0
     units: float = 0.0
@@ -73,11 +77,16 @@ class Contest:
     def one_shot(self, name: str, sparsities: Sequence[float]) -> list[Answer]:
         """Ask an allocator of `ALLOCATORS`; its seconds are shared evenly by the requests."""
         started = time.perf_counter()
-        strategies = ALLOCATORS[name](self._context).allocate(sparsities)
+        allocator = ALLOCATORS[name](self._context)
+        strategies = allocator.allocate(sparsities)
+        rules = [
+            allocator.row_rule(strategy) if isinstance(allocator, RowAllocator) else None
+            for strategy in strategies
+        ]
         seconds = (time.perf_counter() - started) / max(1, len(sparsities))
         return [
-            Answer(allocator=name, sparsity=sparsity, strategy=strategy, seconds=seconds)
-            for sparsity, strategy in zip(sparsities, strategies, strict=True)
+            Answer(allocator=name, sparsity=sparsity, strategy=strategy, rows=rows, seconds=seconds)
+            for sparsity, strategy, rows in zip(sparsities, strategies, rules, strict=True)
         ]
 
     def learned(self, run: Run, sparsities: Sequence[float]) -> list[Answer]:

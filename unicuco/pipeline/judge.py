@@ -17,6 +17,7 @@ from unicuco.calibration import TokenSet
 from unicuco.errors import TextError
 from unicuco.evaluate import LocalEvaluator
 from unicuco.pipeline.preparation import Prepared
+from unicuco.rows import RowRule
 from unicuco.types import Strategy
 
 
@@ -51,15 +52,15 @@ class TestJudge:
         self._evaluator = LocalEvaluator(config, arrays)
         self.num_tokens = text.num_tokens
 
-    def measure(self, strategy: Strategy) -> TestQuality:
+    def measure(self, strategy: Strategy, rows: RowRule | None = None) -> TestQuality:
         """Return a strategy's quality; infinite where the pruned model overflows."""
-        kl, loss = self._evaluator.quality(strategy)
+        kl, loss = self._evaluator.quality(strategy, rows=rows)
         return TestQuality(
             kl=kl if math.isfinite(kl) else math.inf,
             perplexity=math.exp(loss) if loss < 700 else math.inf,
         )
 
     @contextmanager
-    def pruned(self, strategy: Strategy) -> Iterator[PreTrainedModel]:
+    def pruned(self, strategy: Strategy, rows: RowRule | None = None) -> Iterator[PreTrainedModel]:
         """Lend the working copy of the model with a strategy in place; leave its weights alone."""
-        yield self._evaluator.model_at(strategy)
+        yield self._evaluator.model_at(strategy, rows=rows)

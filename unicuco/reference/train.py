@@ -25,7 +25,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from unicuco.reference.corpus import held_out_text, training_texts
 
@@ -128,7 +133,7 @@ def train(out: Path, options: TrainOptions) -> dict[str, float]:
     texts = training_texts()
     tokenizer, model = _begin(texts, options)
     stream = tokenise(tokenizer, texts)
-    optimizers = _optimizers(model, options)
+    optimizers = make_optimizers(model, options)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(stream):,} training tokens",
@@ -144,7 +149,9 @@ def train(out: Path, options: TrainOptions) -> dict[str, float]:
         if progress >= 1.0:
             break
         factor = learning_rate_factor(progress, options.warmup_steps / options.steps)
-        loss = _step(model, optimizers, window.to(options.device), options.learning_rate * factor)
+        loss = train_step(
+            model, optimizers, window.to(options.device), options.learning_rate * factor
+        )
         done = step + 1
         if step % 25 == 0:
             rate = done * options.batch * CONTEXT / (time.monotonic() - started)
@@ -198,7 +205,8 @@ def _begin(
     return tokenizer, _on(options.device, model)
 
 
-def _optimizers(model: nn.Module, options: TrainOptions) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, options: TrainOptions) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices inside blocks and AdamW for embeddings, norms and biases."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     rate = options.learning_rate
@@ -210,12 +218,13 @@ def _optimizers(model: nn.Module, options: TrainOptions) -> list[torch.optim.Opt
     ]
 
 
-def _step(
-    model: LlamaForCausalLM,
+def train_step(
+    model: PreTrainedModel,
     optimizers: list[torch.optim.Optimizer],
     window: Tensor,
     learning_rate: float,
 ) -> float:
+    """Learn from ``batch x (t + 1)`` tokens and return the loss; forward passes are in bfloat16."""
     with torch.autocast(window.device.type, dtype=torch.bfloat16):
         logits = model(window[:, :-1]).logits
     loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())

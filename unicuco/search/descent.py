@@ -23,8 +23,8 @@ from unicuco.types import Ask, Evaluation, Outcome, Strategy
 
 _UNITS_PER_STEP: Final = 3.0
 _STEPS: Final = 12
-_LEARNING_RATE: Final = 0.2  # of the first step, in logits; falls as a cosine
-_BETAS: Final = (0.6, 0.95)  # a dozen steps leave no time for longer memories
+_LEARNING_RATE: Final = 0.4  # of the first step, in logits; falls as a cosine
+_BETAS: Final = (0.0, 0.9)  # a dozen steps leave no time for momentum
 _MIX: Final = 0.5
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from unicuco.errors import StorageError
 from unicuco.store import EvaluationStore, Measurement
-from unicuco.store.schema import LEASE
+from unicuco.store.schema import EVALUATIONS, LEASE
 from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy, TaskValue
 
 DIGEST = "d" * 64
@@ -125,6 +125,22 @@ class StoreContract:
         asks = [make_ask(0, 0, value=0), make_ask(0, 1, value=0.0)]
         store.record_asks(asks)
         assert [ask.strategy.key for ask in store.asks()] == [ask.strategy.key for ask in asks]
+
+    def test_cheaper_fidelities_have_records_and_a_table_of_their_own(
+        self, store: EvaluationStore
+    ) -> None:
+        whole = make_ask(2, 0)
+        cheap = [replace(whole, round=k, tokens=64 * (k + 1)) for k in range(2)]
+        store.record_asks([whole, *cheap])
+        results: list[tuple[Ask, Outcome]] = [
+            (ask, make_outcome(ask, 0.1 * ask.round)) for ask in (*cheap, whole)
+        ]
+        store.append(results)
+        store.append([(cheap[0], make_outcome(cheap[0], 9.0))])
+        assert store.asks() == [*cheap, whole]
+        assert list(store.read()) == results
+        count = store._database.run(lambda c: c.execute(select(EVALUATIONS.c.kl)).all())
+        assert count == [(0.2,)], "those on the whole text are what `evaluations` holds"
 
     def test_an_outcome_of_another_strategy_is_refused(self, store: EvaluationStore) -> None:
         with pytest.raises(ValueError, match="given for"):

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,18 @@ def test_a_url_that_means_nothing_is_one_line_without_its_password() -> None:
         EvaluationStore.open("nosuch://me:secret@somewhere/db", create=True)
     assert "secret" not in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_store_from_before_cheaper_fidelities_is_read_and_gets_their_tables_when_written(
+    filled: Path,
+) -> None:
+    with sqlite3.connect(filled) as connection:
+        connection.execute("DROP TABLE screening_asks")
+        connection.execute("DROP TABLE screenings")
+    connection.close()
+    with EvaluationStore.open(filled, create=False) as store:
+        assert len(store.asks()) == len(list(store.read())) == 8
+    with EvaluationStore.open(filled, create=True) as store:
+        cheap = replace(make_ask(1, 0), tokens=64)
+        store.record_asks([cheap])
+        assert store.asks()[-1] == cheap

@@ -1,0 +1,148 @@
+"""Which part of learning helps? Two parts of ``benchmarks.quality``, at equal units.
+
+- ``ablation``: uniform and Fisher; the surrogate on values, then on values and derivatives, each
+  minimised per target and through StratNet (one run of 110 units for all targets together); the
+  same without Fisher curves;
+- ``presets``: hypervolume of (size, test KL) of ``default`` and ``paper`` at equal units.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from benchmarks.common import Bench, save, table
+from unicuco.allocate import ALLOCATORS
+from unicuco.search import SearchConfig, build_search, learn_network
+from unicuco.search.hypervolume import hypervolume
+from unicuco.stratnet import StratNetAllocator
+from unicuco.surrogate import EPSILON, GaussianProcess, SurrogateOptions
+from unicuco.types import Evaluation, Strategy
+
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+UNITS = 110.0
+VALIDATION_UNITS = 21.0  # what calibrating the intervals costs a run; counted, though unused here
+FRONT = tuple(round(0.1 + 0.1 * k, 1) for k in range(9))  # 0.1 … 0.9, for the hypervolume
+
+Evaluated = list[tuple[Strategy, Evaluation]]
+
+
+def run_search(bench: Bench, config: SearchConfig, units: float) -> Evaluated:
+    """Run a preset's search in this process until ``units`` are spent, preparation included."""
+    search = build_search(config)
+    spent = bench.preparation_units
+    evaluated: Evaluated = []
+    round_ = 0
+    while True:
+        results = []
+        for ask in search.ask(round_):
+            cost = 3.0 if ask.derivatives else 1.0
+            if spent + cost > units + 1e-9:
+                return evaluated
+            outcome = bench.search_judge.evaluate(ask.strategy, derivatives=ask.derivatives)
+            spent += cost
+            results.append((ask, outcome))
+            evaluated.append((ask.strategy, outcome))
+        search.tell(round_, results)
+        round_ += 1
+
+
+def learned(
+    bench: Bench, config: SearchConfig, evaluated: Evaluated
+) -> tuple[GaussianProcess, StratNetAllocator]:
+    """Learn surrogate and network as a run does at its end."""
+    config = replace(config, training=replace(config.training, steps=400))
+    surrogate, net = learn_network(config, evaluated, seed=config.seed)
+    return surrogate, StratNetAllocator(net, bench.space)
+
+
+def optimise_directly(
+    bench: Bench, surrogate: GaussianProcess, sparsities: Sequence[float]
+) -> list[Strategy]:
+    """Minimise the surrogate for every target on its own, without a network."""
+    kept = torch.tensor([bench.space.kept_for_sparsity(s) for s in sparsities]).double()
+    z = torch.zeros(len(sparsities), bench.space.num_axes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([z], lr=0.05)
+    for _ in range(300):
+        mean, std = surrogate.posterior(bench.space.project_logits(z, kept))
+        optimizer.zero_grad()
+        (mean + std).sum().backward()
+        optimizer.step()
+    points = bench.space.project_logits(z, kept).detach()
+    return bench.space.decode_exact(points, [int(k) for k in kept])
+
+
+def front_hypervolume(bench: Bench, allocator: StratNetAllocator) -> float:
+    """Return the hypervolume of (kept fraction, log test KL), bounded by (1, KL of 3 nats)."""
+    kl = torch.tensor(bench.test_kl(allocator.allocate(FRONT)), dtype=torch.float64)
+    points = torch.stack([1 - torch.tensor(FRONT).double(), (kl + EPSILON).log()], dim=1)
+    return hypervolume(points, torch.tensor([1.0, 1.1], dtype=torch.float64))
+
+
+def ablation_arms(bench: Bench, seed: int, units: float) -> dict[str, list[Strategy]]:
+    """Return the strategies of every arm at `SPARSITIES`, each arm at the same units."""
+    base = replace(bench.prepared.search, seed=seed)
+    arms: dict[str, list[Strategy]] = {}
+    variants = {
+        "Fisher + GP on values": SurrogateOptions(directions=0),
+        "+ derivatives": SurrogateOptions(),
+        "derivatives without Fisher curves": SurrogateOptions(curves=False),
+    }
+    for name, options in variants.items():
+        config = replace(base, surrogate=options)
+        evaluated = run_search(bench, config, units)
+        surrogate, allocator = learned(bench, config, evaluated)
+        arms[f"{name}, per target"] = optimise_directly(bench, surrogate, SPARSITIES)
+        arms[f"{name}, StratNet"] = allocator.allocate(SPARSITIES)
+    return arms
+
+
+def measure_ablation(bench: Bench, seeds: int) -> None:
+    """Measure one-shot allocators once and every arm of the ablation for each seed."""
+    kl = {
+        name: [[value] for value in bench.test_kl(make(bench.context).allocate(SPARSITIES))]
+        for name, make in ((name, ALLOCATORS[name]) for name in ("uniform", "fisher"))
+    }
+    for seed in range(seeds):
+        started = time.perf_counter()
+        for name, strategies in ablation_arms(bench, seed, UNITS - VALIDATION_UNITS).items():
+            columns = kl.setdefault(name, [[] for _ in SPARSITIES])
+            for column, value in zip(columns, bench.test_kl(strategies), strict=True):
+                column.append(value)
+        print(f"ablation: seed {seed} took {time.perf_counter() - started:.0f} s", flush=True)
+        _save("ablation", bench, {"kl": kl, "units": UNITS})
+    print(ratios(kl, [column[0] for column in kl["uniform"]]))
+
+
+def measure_presets(bench: Bench, seeds: int) -> None:
+    """Measure the hypervolume of both presets at `UNITS`, for each seed."""
+    volumes: dict[str, list[float]] = {"default": [], "paper": []}
+    for seed in range(seeds):
+        for preset, values in volumes.items():
+            config = replace(bench.prepared.search, seed=seed, preset=preset)
+            evaluated = run_search(bench, config, UNITS - VALIDATION_UNITS)
+            values.append(front_hypervolume(bench, learned(bench, config, evaluated)[1]))
+        print(f"presets: seed {seed} {volumes}", flush=True)
+        _save("presets", bench, {"hypervolume": volumes, "units": UNITS})
+    rows = [[seed, *pair] for seed, pair in enumerate(zip(*volumes.values(), strict=True))]
+    print(table(["seed", *volumes], rows))
+
+
+def ratios(kl: dict[str, list[list[float]]], uniform: Sequence[float]) -> str:
+    """Return the table of medians as ratios to uniform."""
+    rows = [
+        [name, len(columns[0])]
+        + [statistics.median(column) / u for column, u in zip(columns, uniform, strict=True)]
+        for name, columns in kl.items()
+    ]
+    return table(["KL / uniform's", "seeds", *map(str, SPARSITIES)], rows)
+
+
+def _save(part: str, bench: Bench, figures: dict[str, object]) -> None:
+    texts = {"search": bench.prepared.texts.search.num_tokens, "test": bench.test_tokens}
+    document = {"part": part, "model": bench.model, "sparsities": SPARSITIES, "tokens": texts}
+    save(part, {**document, **figures})
