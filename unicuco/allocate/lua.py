@@ -58,7 +58,7 @@ class LuaOptions:
     """
 
     steps: int = 100
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
     weight_decay: float = 0.05
     budget_weight: float = 16.0
 

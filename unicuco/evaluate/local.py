@@ -146,13 +146,7 @@ class LocalEvaluator:
         started = time.perf_counter()
         ids = self._windows(tokens)
         self._load(strategy, rows)
-        tasks: tuple[TaskValue, ...] = ()
-        if self.config.tasks and len(ids) == len(self._ids):
-            tasks = tuple(self._run_tasks(ids, derivatives))
-            kl, gradient = _mean_of(tasks)
-        else:
-            kl = self._run(ids, derivatives)
-            gradient = self._gradient() if derivatives else None
+        kl, gradient, tasks = self._measure(ids, derivatives)
         if not all(map(math.isfinite, (kl, *(gradient or ())))):
             raise EvaluationError(
                 f"strategy {strategy.key[:12]} gives a KL of {kl}: the pruned model overflows",
@@ -235,6 +229,16 @@ class LocalEvaluator:
             cut(dense, self._ranks[path], num_dropped, rows=rows, out=target)
         else:  # weights that are kept in half precision are computed with in float32
             target.copy_(cut(dense, self._ranks[path], num_dropped, rows=rows))
+
+    def _measure(
+        self, ids: Tensor, derivatives: bool
+    ) -> tuple[float, tuple[float, ...] | None, tuple[TaskValue, ...]]:
+        """Return KL, derivative, and the values of each task where there are several."""
+        if self.config.tasks and len(ids) == len(self._ids):
+            tasks = tuple(self._run_tasks(ids, derivatives))
+            return *_mean_of(tasks), tasks
+        kl = self._run(ids, derivatives)
+        return kl, self._gradient() if derivatives else None, ()
 
     def _run_tasks(self, ids: Tensor, derivatives: bool) -> Iterator[TaskValue]:
         """Measure every task's own windows."""
