@@ -58,7 +58,7 @@ class LuaOptions:
     """
 
     steps: int = 100
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
     weight_decay: float = 0.05
     budget_weight: float = 16.0
 
@@ -139,6 +139,7 @@ class Lua:
         self._evidence = context.require_evidence(self.name)
         self._options = options or LuaOptions()
         self._learned: dict[float, LuaThresholds] = {}
+        self._targets: dict[str, float] = {}
 
     def allocate(self, sparsities: Sequence[float]) -> list[Strategy]:
         """Return one strategy per sparsity, row thresholds left to `row_rule`.
@@ -149,11 +150,20 @@ class Lua:
         """
         check_reachable(self._space, sparsities)
         fractions = [self._site_sparsities(sparsity) for sparsity in sparsities]
-        return site_strategies(self._space, self._evidence, sparsities, fractions)
+        strategies = site_strategies(self._space, self._evidence, sparsities, fractions)
+        for strategy, sparsity in zip(strategies, sparsities, strict=True):
+            self._targets[strategy.key] = sparsity
+        return strategies
 
-    def row_rule(self, sparsity: float) -> RowRule:
-        """Return how every site spreads its dropped weights over its rows at a target."""
-        return RowRule.from_counts(self._row_counts(sparsity))
+    def row_rule(self, strategy: Strategy) -> RowRule:
+        """Return how every site of one of its own strategies spreads its drops over its rows.
+
+        Raises:
+            ValueError: the strategy is none that this allocator answered.
+        """
+        if strategy.key not in self._targets:
+            raise ValueError(f"strategy {strategy.key[:12]} is none of this allocator's own")
+        return RowRule.from_counts(self._row_counts(self._targets[strategy.key]))
 
     def thresholds(self, sparsity: float) -> LuaThresholds:
         """Return what is learned for a target, learning it at the first call."""

@@ -26,6 +26,7 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "plan": ("python", "torch", "torchvision", "gpytorch"),
     "prune": ("python", "torch", "torchvision", "transformers", "disk"),
     "evaluate": ("python", "torch", "torchvision", "transformers", "memory"),
+    "compare": (*_CORE, "ray"),
     "front": ("python", "torch", "torchvision", "gpytorch"),
     "generate": ("python", "torch", "torchvision", "transformers", "vllm", "memory"),
 }

@@ -52,10 +52,10 @@ class EvaluatorConfig:
     """What an evaluator needs besides its arrays; small, and the same on every node.
 
     ``model_config`` is the model's configuration as JSON; ``threads`` are torch threads (0: leave
-    as they are). ``levels`` is the folder of a level database that sites are taken from instead of
-    being cut by the rank store; such evaluators know no derivatives and no row rules. ``tasks`` are
-    the texts, of equally many windows each, that the search text is made of, where there are
-    several.
+    as they are). ``tasks`` are the texts, of equally many windows each, that the search text is
+    made of, where there are several. ``levels`` is the folder of a level database that sites are
+    taken from instead of being cut by the rank store; such evaluators know no derivatives and no
+    row rules.
     """
 
     model_config: str
@@ -64,8 +64,8 @@ class EvaluatorConfig:
     granularity: Granularity
     text_digest: str
     threads: int = 0
-    levels: str = ""
     tasks: tuple[str, ...] = ()
+    levels: str = ""
 
 
 class LocalEvaluator:
@@ -146,13 +146,7 @@ class LocalEvaluator:
         started = time.perf_counter()
         ids = self._windows(tokens)
         self._load(strategy, rows)
-        tasks: tuple[TaskValue, ...] = ()
-        if self.config.tasks and len(ids) == len(self._ids):
-            tasks = tuple(self._run_tasks(ids, derivatives))
-            kl, gradient = _mean_of(tasks)
-        else:
-            kl = self._run(ids, derivatives)
-            gradient = self._gradient() if derivatives else None
+        kl, gradient, tasks = self._measure(ids, derivatives)
         if not all(map(math.isfinite, (kl, *(gradient or ())))):
             raise EvaluationError(
                 f"strategy {strategy.key[:12]} gives a KL of {kl}: the pruned model overflows",
@@ -235,6 +229,16 @@ class LocalEvaluator:
             cut(dense, self._ranks[path], num_dropped, rows=rows, out=target)
         else:  # weights that are kept in half precision are computed with in float32
             target.copy_(cut(dense, self._ranks[path], num_dropped, rows=rows))
+
+    def _measure(
+        self, ids: Tensor, derivatives: bool
+    ) -> tuple[float, tuple[float, ...] | None, tuple[TaskValue, ...]]:
+        """Return KL, derivative, and the values of each task where there are several."""
+        if self.config.tasks and len(ids) == len(self._ids):
+            tasks = tuple(self._run_tasks(ids, derivatives))
+            return *_mean_of(tasks), tasks
+        kl = self._run(ids, derivatives)
+        return kl, self._gradient() if derivatives else None, ()
 
     def _run_tasks(self, ids: Tensor, derivatives: bool) -> Iterator[TaskValue]:
         """Measure every task's own windows."""

@@ -100,6 +100,8 @@ class LearnOptions:
             raise RequestError("give either calibration or task, not both: tasks bring their texts")
         if self.preset != "default":
             raise RequestError(f"tasks are learned by preset default, not by {self.preset}")
+        if self.calibration_sampling != Sampling.EVEN:
+            raise RequestError("tasks share the calibration text evenly: sampling must be even")
         _at_least("tokens", self.tokens, 2 * len(names))
 
     @property

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from unicuco.allocate import AllocationContext, Fisher, Uniform
+from unicuco.allocate import AllocationContext, AxisCurves, Fisher, Uniform
 from unicuco.search.base import History, SearchConfig
 from unicuco.space import StrategySpace
 from unicuco.stratnet import NetKind, StratNet, train_on_sizes, train_on_tasks
@@ -144,7 +144,7 @@ def _learn_tasks(
     space = config.space()
     processes: dict[str, GaussianProcess] = {}
     for number, task in enumerate(config.tasks):
-        curves = config.axis_curves() if config.surrogate.curves else None
+        curves = AxisCurves(config.task_curves[number]) if config.surrogate.curves else None
         processes[task] = GaussianProcess(config.surrogate, curves)
         own = [(strategy, _as_task(e, number)) for strategy, e in evaluations]
         processes[task].fit(observe(space, own))

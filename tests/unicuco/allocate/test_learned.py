@@ -48,7 +48,7 @@ class TestLua(AllocatorContract):
     sees_sensitivity = True
 
     def make(self, context: AllocationContext) -> Allocator:
-        return Lua(context, LuaOptions(steps=100 if is_planted(context) else 1))
+        return Lua(context, LuaOptions(steps=150 if is_planted(context) else 1))
 
 
 class TestAdapMtl(AllocatorContract):

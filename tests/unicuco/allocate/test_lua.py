@@ -123,7 +123,7 @@ def test_learned_masks_lose_less_than_uniform_ones_on_text_that_they_never_saw(
 ) -> None:
     strategy = lua.allocate([SPARSITY])[0]
     uniform = Uniform(trained.context).allocate([SPARSITY])[0]
-    own = held_out_loss(trained, texts[1], strategy, lua.row_rule(SPARSITY))
+    own = held_out_loss(trained, texts[1], strategy, lua.row_rule(strategy))
     assert own < held_out_loss(trained, texts[1], uniform, None)
 
 
@@ -136,8 +136,9 @@ def test_the_gap_between_soft_and_rounded_masks_is_reported(lua: Lua) -> None:
 def test_the_row_rule_spreads_exactly_the_counts_of_the_strategy(
     lua: Lua, trained: EvaluationCase
 ) -> None:
-    drops = trained.space.cost.site_drops(lua.allocate([SPARSITY])[0].values)
-    rule = lua.row_rule(SPARSITY)
+    (strategy,) = lua.allocate([SPARSITY])
+    drops = trained.space.cost.site_drops(strategy.values)
+    rule = lua.row_rule(strategy)
     columns = {site.path: site.num_columns for site in trained.loaded.profile.sites}
     learned = lua.thresholds(SPARSITY).row_counts(columns)
     for site in trained.loaded.profile.sites:
@@ -146,6 +147,11 @@ def test_the_row_rule_spreads_exactly_the_counts_of_the_strategy(
         own = learned[site.path]
         same = row_counts(site.num_rows, site.num_columns, int(own.sum()), rule.of(site.path))
         assert torch.equal(same, own)
+
+
+def test_rows_of_strategies_of_others_are_refused(lua: Lua, trained: EvaluationCase) -> None:
+    with pytest.raises(ValueError, match="none of this allocator's own"):
+        lua.row_rule(trained.space.uniform(0.123))
 
 
 def test_thresholds_are_saved_and_read_back(lua: Lua, tmp_path: Path) -> None:

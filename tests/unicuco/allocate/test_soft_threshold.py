@@ -153,7 +153,7 @@ def test_one_pass_runs_through_all_sparsities_and_spares_sensitive_blocks() -> N
     path = learn_path(evidence, AdapMtlOptions(steps=100, learning_rate=0.1))
     assert path.thresholds.shape == (100, evidence.profile.num_blocks)
     assert float(path.sparsity[0]) < 0.05
-    assert float(path.sparsity[-1]) > 0.9
+    assert float(path.sparsity[-1]) > 0.8
     step = int((path.sparsity >= 0.5).nonzero()[0])
     blocks = path.thresholds[step].tolist()
     sensitive = [blocks[b] for b in SENSITIVE_BLOCKS]

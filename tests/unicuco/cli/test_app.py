@@ -8,7 +8,7 @@ import pytest
 
 from unicuco.cli.app import app
 
-NOT_THERE_YET = ("serve", "pack", "unpack", "bits", "report", "compare")
+NOT_THERE_YET = ("serve", "pack", "unpack", "bits", "report")
 
 
 def test_help_answers_within_half_a_second_and_loads_nothing_heavy() -> None:
@@ -29,7 +29,7 @@ def test_help_answers_within_half_a_second_and_loads_nothing_heavy() -> None:
 def test_only_commands_that_work_are_offered(unicuco) -> None:
     names = {command.callback.__name__ for command in app.registered_commands}
     assert names == {
-        "compress", "doctor", "evaluate", "front", "generate", "learn", "plan", "prune",
+        "compare", "compress", "doctor", "evaluate", "front", "generate", "learn", "plan", "prune",
     }  # fmt: skip
     for name in NOT_THERE_YET:
         assert unicuco(name).code == 2
@@ -69,6 +69,13 @@ def test_every_command_takes_json_and_debug(unicuco) -> None:
         ("learn", "reference", "--out", "OUT", "--replicas", "0"),
         ("learn", "reference", "--out", "OUT", "--replicas", "2", "--address", "none"),
         ("learn", "reference", "--out", "OUT", "--address", "moon"),
+        ("compare", "reference", "--allocators", "uniform,best"),
+        ("compare", "reference", "--allocators", "uniform,uniform"),
+        ("compare", "reference", "--sparsity", "0.5,half"),
+        ("compare", "reference", "--sparsity", "0.5,1"),
+        ("compare", "reference", "--tokens", "0"),
+        ("compare", "reference", "--seed", "-1"),
+        ("compare", "reference", "--address", "moon"),
         ("generate", "DIR"),
         ("generate", "DIR", "--prompt", "x", "--max-tokens", "0"),
         ("generate", "DIR", "--prompt", "x", "--temperature", "-1"),

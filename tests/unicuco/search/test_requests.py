@@ -15,13 +15,19 @@ from unicuco.allocate import AllocationContext, Allocator
 from unicuco.pipeline.backend import LocalBackend
 from unicuco.search import REQUEST_SEARCHES, RequestConfig, SearchAllocator
 from unicuco.search.descent import Descent
-from unicuco.search.drive import Progress, drive
+from unicuco.search.drive import Progress, drive, outcome_of
 from unicuco.search.optspa import NUM_BINS, OptSpa, bin_of_axes, bins_strategy
 from unicuco.search.progression import Progression
 from unicuco.search.request import axis_blocks, run_request
 from unicuco.store import EvaluationStore
 from unicuco.testing.allocator import AllocatorContract
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
+from unicuco.testing.planted import (
+    planted_case,
+    planted_judge,
+    reversed_strategy,
+    shuffled_strategy,
+)
 from unicuco.testing.request_contract import RequestSearchContract, ToyJudge, toy_request
 from unicuco.testing.tiny import tiny_model_folder
 from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy
@@ -275,3 +281,17 @@ def _drive(name, search, case, store, progress=lambda step: None) -> None:  # ty
 def _value(outcome: Outcome) -> tuple[str, float]:
     assert not isinstance(outcome, FailedEvaluation)
     return replace(outcome, wall_s=0.0).strategy_key, outcome.kl
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REQUEST_SEARCHES)
+def test_on_planted_sensitivity_a_search_beats_uniform_and_its_own_answer_misplaced(
+    name: str,
+) -> None:
+    case, judge = planted_case(), planted_judge()
+    search = REQUEST_SEARCHES[name](request_to(case, 0.6, units=50))
+    run_request(search, lambda ask: outcome_of(judge, ask))
+    found = judge.evaluate(search.best).kl
+    others = [case.space.uniform(0.6), reversed_strategy(case.space, search.best)]
+    others += [shuffled_strategy(case.space, search.best, seed=seed) for seed in range(2)]
+    assert all(found < judge.evaluate(other).kl for other in others)
