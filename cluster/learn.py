@@ -49,6 +49,8 @@ class LearnConfig(BaseModel):
     shards: int = 1
     threads: int = 1
     calibration: str | None = None
+    calibration_sampling: str = "even"
+    tasks: list[str] | None = None
     tokens: int = 3072
     context: int | None = None
     seed: int = 0
@@ -89,6 +91,7 @@ class LearnConfig(BaseModel):
             RequestError: a value out of its range.
         """
         from unicuco.pipeline import LearnOptions
+        from unicuco.pipeline.options import parse_tasks
 
         given = self.dimensions
         names = given.split(",") if isinstance(given, str) else given
@@ -103,6 +106,8 @@ class LearnConfig(BaseModel):
             replicas=self.replicas,
             shards=self.shards,
             calibration=None if self.calibration is None else Path(self.calibration),
+            calibration_sampling=self.calibration_sampling,
+            tasks=parse_tasks(self.tasks or ()),
             tokens=self.tokens,
             context=self.context,
             seed=self.seed,

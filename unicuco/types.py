@@ -37,7 +37,9 @@ class ServedAs(StrEnum):
     QUANTISED = "quantised"
 
 
-_LATER: Final = ("max_total_bytes", "max_latency_ms", "task_weights", "context", "batch")
+_LATER: Final = ("max_total_bytes", "max_latency_ms", "context", "batch")
+_QUALIFIERS: Final = ("served_as", "task_weights")
+_WEIGHT_SLACK: Final = 1e-6  # of the sum of task weights: what decimals on paper add up to
 _WHOLE: Final = (Target.MAX_PARAMS, Target.MAX_BYTES)
 
 
@@ -46,7 +48,9 @@ class Request:
     """What a user asks: one target, its value, and how the variant may be served (none: any way).
 
     Ranges: sparsity in [0, 1); max_params and max_bytes whole numbers > 0; max_kl in nats per
-    token, >= 0; preference in [0, 1], 0 = quality only, 1 = size only.
+    token, >= 0; preference in [0, 1], 0 = quality only, 1 = size only. ``task_weights``, pairs of a
+    task's name and its weight >= 0 with sum 1, say what KL means: the weighted one (none: all of
+    the run's tasks equally).
 
     Raises:
         RequestError: the value lies outside its range.
@@ -55,8 +59,11 @@ class Request:
     target: Target
     value: float
     served_as: ServedAs | None = None
+    task_weights: tuple[tuple[str, float], ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.task_weights is not None:
+            _check_weights(dict(self.task_weights))
         v = self.value
         name = self.target.value
         if not math.isfinite(v):
@@ -84,9 +91,9 @@ class Request:
                 raise RequestError(
                     f"{name} is not available in this version; targets: {', '.join(Target)}"
                 )
-            if name not in {*Target, "served_as"}:
+            if name not in {*Target, *_QUALIFIERS}:
                 raise RequestError(f"unknown request field {name!r}; targets: {', '.join(Target)}")
-        targets = [name for name in given if name != "served_as"]
+        targets = [name for name in given if name not in _QUALIFIERS]
         if len(targets) != 1:
             found = " and ".join(targets) if targets else "none"
             raise RequestError(
@@ -106,15 +113,40 @@ class Request:
             target=Target(targets[0]),
             value=number,
             served_as=None if served_as is None else ServedAs(str(served_as)),
+            task_weights=_read_weights(given.get("task_weights")),
         )
 
-    def to_dict(self) -> dict[str, float | int | str]:
+    def to_dict(self) -> dict[str, object]:
         """Return the JSON object that `from_dict` reads back to an equal request."""
         value = int(self.value) if self.target in _WHOLE else self.value
-        document: dict[str, float | int | str] = {self.target.value: value}
+        document: dict[str, object] = {self.target.value: value}
         if self.served_as is not None:
             document["served_as"] = self.served_as.value
+        if self.task_weights is not None:
+            document["task_weights"] = dict(self.task_weights)
         return document
+
+
+def _read_weights(given: object) -> tuple[tuple[str, float], ...] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not given:
+        raise RequestError(
+            f'task_weights must be an object like {{"code": 0.7, "prose": 0.3}}, got {given!r}'
+        )
+    for name, weight in given.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise RequestError(f"the task weight of {name} must be a number, got {weight!r}")
+    return tuple((str(name), float(weight)) for name, weight in given.items())
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise RequestError(f"the task weight of {name} must be at least 0, got {weight:g}")
+    total = sum(weights.values())
+    if abs(total - 1) > _WEIGHT_SLACK:
+        raise RequestError(f"task weights must sum to 1, got {total:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,12 +242,23 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskValue:
+    """What an evaluation measured on one of several search texts: as `Evaluation`, of that text."""
+
+    task: str
+    kl: float
+    gradient: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """A strategy's measured values.
 
     ``kl`` is KL(dense‖pruned) in nats per token; ``kept_fraction`` is 1 - sparsity over sites;
     ``gradient`` is the derivative of kl to every axis' setting, in axis order, or none;
     ``cost_units`` counts forward passes over the run's search tokens (3 with derivatives).
+    ``tasks`` are the values of each text, where the run has several of equal size; ``kl`` and
+    ``gradient`` are then their means.
     """
 
     strategy_key: str
@@ -226,6 +269,7 @@ class Evaluation:
     text_digest: str
     cost_units: float
     wall_s: float
+    tasks: tuple[TaskValue, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.kl) and all(map(math.isfinite, self.gradient or ()))):

@@ -68,6 +68,15 @@ def test_a_request_reads_one_target_with_its_value(
         ({"sparsity": 0.5, "served_as": ["mask"]}, "served_as must be one of"),
         ({"sparsity": 10**400}, "finite"),
         ({"max_params": 10**400}, "finite"),
+        ({"task_weights": {"a": 1.0}}, "got none"),
+        ({"sparsity": 0.5, "task_weights": {}}, "task_weights must be an object like"),
+        ({"sparsity": 0.5, "task_weights": [0.5, 0.5]}, "task_weights must be an object like"),
+        ({"sparsity": 0.5, "task_weights": {"a": True}}, "weight of a must be a number"),
+        ({"sparsity": 0.5, "task_weights": {"a": "1"}}, "weight of a must be a number"),
+        ({"sparsity": 0.5, "task_weights": {"a": 1.5, "b": -0.5}}, "b must be at least 0"),
+        ({"sparsity": 0.5, "task_weights": {"a": math.nan}}, "a must be at least 0"),
+        ({"sparsity": 0.5, "task_weights": {"a": 0.7, "b": 0.2}}, "must sum to 1, got 0.9"),
+        ({"sparsity": 0.5, "task_weights": {"a": 0.5, "b": 0.500002}}, "must sum to 1"),
     ],
 )
 def test_a_request_that_means_nothing_is_refused_in_one_line(
@@ -80,9 +89,7 @@ def test_a_request_that_means_nothing_is_refused_in_one_line(
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["max_total_bytes", "max_latency_ms", "task_weights", "context", "batch"]
-)
+@pytest.mark.parametrize("name", ["max_total_bytes", "max_latency_ms", "context", "batch"])
 def test_fields_of_later_versions_are_refused_by_name(name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} is not available"):
         Request.from_dict({"sparsity": 0.5, name: 1})
@@ -101,7 +108,14 @@ _VALUES: dict[Target, st.SearchStrategy[float]] = {
 def test_a_request_survives_json(data: st.DataObject) -> None:
     target = data.draw(st.sampled_from(list(Target)))
     served_as = data.draw(st.sampled_from([None, *ServedAs]))
-    request = Request(target=target, value=data.draw(_VALUES[target]), served_as=served_as)
+    code = data.draw(st.floats(0, 1))
+    weights = data.draw(st.sampled_from([None, (("code", code), ("prose", 1 - code))]))
+    request = Request(
+        target=target,
+        value=data.draw(_VALUES[target]),
+        served_as=served_as,
+        task_weights=weights,
+    )
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
     assert pickle.loads(pickle.dumps(request)) == request
 

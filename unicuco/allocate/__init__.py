@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from unicuco.allocate.adapmtl import AdapMtl
 from unicuco.allocate.alphapruning import AlphaPruning
 from unicuco.allocate.base import AllocationContext, Allocator, RowAllocator
+from unicuco.allocate.besa import Besa
 from unicuco.allocate.curves import AxisCurves
 from unicuco.allocate.dsa import DSA
 from unicuco.allocate.evidence import Evidence, TextPart, TextSource
 from unicuco.allocate.fisher import Fisher
 from unicuco.allocate.layerif import LayerIF
+from unicuco.allocate.lua import Lua
 from unicuco.allocate.owl import OWL
 from unicuco.allocate.trim import Trim
 from unicuco.allocate.uniform import Uniform
@@ -25,6 +28,9 @@ ALLOCATORS: Final[dict[str, Callable[[AllocationContext], Allocator]]] = {
     "fisher": Fisher,
     "owl": OWL,
     "alphapruning": AlphaPruning,
+    "besa": Besa,
+    "lua": Lua,
+    "adapmtl": AdapMtl,
     "dsa": DSA,
     "layerif": LayerIF,
     "trim": Trim,
@@ -34,13 +40,16 @@ __all__ = [
     "ALLOCATORS",
     "DSA",
     "OWL",
+    "AdapMtl",
     "AllocationContext",
     "Allocator",
     "AlphaPruning",
     "AxisCurves",
+    "Besa",
     "Evidence",
     "Fisher",
     "LayerIF",
+    "Lua",
     "RowAllocator",
     "TextPart",
     "TextSource",

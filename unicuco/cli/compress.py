@@ -18,6 +18,7 @@ from unicuco.cli.request_options import (
     PreferenceOption,
     ServedAsOption,
     SparsityOption,
+    TaskWeightsOption,
     read_request,
 )
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
@@ -33,6 +34,7 @@ def compress(
     max_kl: MaxKlOption = None,
     preference: PreferenceOption = None,
     served_as: ServedAsOption = None,
+    task_weights: TaskWeightsOption = None,
     run: Annotated[
         Path | None,
         typer.Option("--run", help="The run to use; it is learned first when there is none."),
@@ -51,6 +53,7 @@ def compress(
             max_kl=max_kl,
             preference=preference,
             served_as=served_as,
+            task_weights=task_weights,
         )
         check_address(address, replicas=replicas)
         from unicuco.pipeline import compress as compress_model

@@ -62,6 +62,22 @@ def learn(
         Path | None,
         typer.Option("--calibration", help="Plain UTF-8 text.", rich_help_panel=_TEXT),
     ] = None,
+    calibration_sampling: Annotated[
+        str,
+        typer.Option(
+            "--calibration-sampling",
+            help="even: spread over the text; clustered: equally many per kind of window.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = "even",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="NAME=FILE, twice or more: texts that requests may weigh, for --calibration.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
     tokens: Annotated[
         int,
         typer.Option("--tokens", min=1, help="Tokens per evaluation.", rich_help_panel=_TEXT),
@@ -91,6 +107,7 @@ def learn(
         check_address(address, replicas=replicas)
         from unicuco.pipeline import LearnOptions
         from unicuco.pipeline import learn as learn_run
+        from unicuco.pipeline.options import parse_tasks
 
         options = LearnOptions(
             model=model,
@@ -103,6 +120,8 @@ def learn(
             replicas=replicas,
             shards=shards,
             calibration=calibration,
+            calibration_sampling=calibration_sampling,
+            tasks=parse_tasks(tasks or ()),
             tokens=tokens,
             context=context,
             seed=seed,

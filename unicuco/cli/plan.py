@@ -15,6 +15,7 @@ from unicuco.cli.request_options import (
     PreferenceOption,
     ServedAsOption,
     SparsityOption,
+    TaskWeightsOption,
     read_request,
     read_requests_file,
 )
@@ -37,6 +38,7 @@ def plan(
     max_kl: MaxKlOption = None,
     preference: PreferenceOption = None,
     served_as: ServedAsOption = None,
+    task_weights: TaskWeightsOption = None,
     requests: Annotated[
         Path | None,
         typer.Option("--requests", help="One JSON request per line; - reads standard input."),
@@ -55,8 +57,8 @@ def plan(
             "preference": preference,
         }
         if requests is None:
-            asked = [read_request(**options, served_as=served_as)]
-        elif served_as is None and all(value is None for value in options.values()):
+            asked = [read_request(**options, served_as=served_as, task_weights=task_weights)]
+        elif all(value is None for value in (served_as, task_weights, *options.values())):
             asked = read_requests_file(requests)
         else:
             raise RequestError("give either --requests or a request's own options, not both")

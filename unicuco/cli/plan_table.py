@@ -71,11 +71,9 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _number(value: float | int | str) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else value
-    )
+def _number(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={weight:g}" for name, weight in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

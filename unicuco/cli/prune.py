@@ -16,6 +16,7 @@ from unicuco.cli.request_options import (
     PreferenceOption,
     ServedAsOption,
     SparsityOption,
+    TaskWeightsOption,
     read_request,
 )
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
@@ -33,6 +34,7 @@ def prune(
     max_kl: MaxKlOption = None,
     preference: PreferenceOption = None,
     served_as: ServedAsOption = None,
+    task_weights: TaskWeightsOption = None,
     base: BaseOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -46,6 +48,7 @@ def prune(
             max_kl=max_kl,
             preference=preference,
             served_as=served_as,
+            task_weights=task_weights,
         )
         from unicuco.pipeline import Run
         from unicuco.pipeline import prune as cut

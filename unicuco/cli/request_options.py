@@ -49,6 +49,14 @@ ServedAsOption = Annotated[
         "--served-as", help="mask, shrink or quantised; any if left out.", rich_help_panel=_PANEL
     ),
 ]
+TaskWeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task-weights",
+        help="What KL means in a run of several tasks, e.g. code=0.7,prose=0.3.",
+        rich_help_panel=_PANEL,
+    ),
+]
 
 
 def read_request(
@@ -59,6 +67,7 @@ def read_request(
     max_kl: float | None,
     preference: float | None,
     served_as: str | None,
+    task_weights: str | None = None,
 ) -> Request:
     """Make the request that the options describe.
 
@@ -73,8 +82,22 @@ def read_request(
             "max_kl": max_kl,
             "preference": preference,
             "served_as": served_as,
+            "task_weights": None if task_weights is None else _read_task_weights(task_weights),
         }
     )
+
+
+def _read_task_weights(text: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, number = item.partition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError as error:
+            raise RequestError(
+                f"task-weights must be like code=0.7,prose=0.3, got {item.strip()!r}"
+            ) from error
+    return weights
 
 
 def read_requests_file(path: Path) -> list[Request]:

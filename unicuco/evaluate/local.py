@@ -15,7 +15,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
@@ -36,7 +36,7 @@ from unicuco.objectives import DenseReference
 from unicuco.pruners import LevelPruner
 from unicuco.ranks import cut
 from unicuco.rows import RowRule
-from unicuco.types import Evaluation, ModelProfile, Site, Strategy
+from unicuco.types import Evaluation, ModelProfile, Site, Strategy, TaskValue
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -53,7 +53,9 @@ class EvaluatorConfig:
 
     ``model_config`` is the model's configuration as JSON; ``threads`` are torch threads (0: leave
     as they are). ``levels`` is the folder of a level database that sites are taken from instead of
-    being cut by the rank store; such evaluators know no derivatives and no row rules.
+    being cut by the rank store; such evaluators know no derivatives and no row rules. ``tasks`` are
+    the texts, of equally many windows each, that the search text is made of, where there are
+    several.
     """
 
     model_config: str
@@ -63,6 +65,7 @@ class EvaluatorConfig:
     text_digest: str
     threads: int = 0
     levels: str = ""
+    tasks: tuple[str, ...] = ()
 
 
 class LocalEvaluator:
@@ -143,8 +146,13 @@ class LocalEvaluator:
         started = time.perf_counter()
         ids = self._windows(tokens)
         self._load(strategy, rows)
-        kl = self._run(ids, derivatives)
-        gradient = self._gradient() if derivatives else None
+        tasks: tuple[TaskValue, ...] = ()
+        if self.config.tasks and len(ids) == len(self._ids):
+            tasks = tuple(self._run_tasks(ids, derivatives))
+            kl, gradient = _mean_of(tasks)
+        else:
+            kl = self._run(ids, derivatives)
+            gradient = self._gradient() if derivatives else None
         if not all(map(math.isfinite, (kl, *(gradient or ())))):
             raise EvaluationError(
                 f"strategy {strategy.key[:12]} gives a KL of {kl}: the pruned model overflows",
@@ -161,6 +169,7 @@ class LocalEvaluator:
             text_digest=self.config.text_digest,
             cost_units=share * (_COST_WITH_DERIVATIVES if derivatives else 1.0),
             wall_s=time.perf_counter() - started,
+            tasks=tasks,
         )
 
     def window_kl(self, strategy: Strategy, *, rows: RowRule | None = None) -> Tensor:
@@ -201,7 +210,7 @@ class LocalEvaluator:
             return self._ids[:1, : max(1, tokens)]  # a causal model predicts the same for them
         return self._ids[: math.ceil(tokens / self._ids.shape[1])]
 
-    def _load(self, strategy: Strategy, rows: RowRule | None) -> None:
+    def _load(self, strategy: Strategy, rows: RowRule | None = None) -> None:
         """Bring the working copy to a strategy, cutting only the sites that change."""
         if rows is not None and self._levels is not None:
             raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
@@ -227,14 +236,25 @@ class LocalEvaluator:
         else:  # weights that are kept in half precision are computed with in float32
             target.copy_(cut(dense, self._ranks[path], num_dropped, rows=rows))
 
-    def _run(self, ids: Tensor, derivatives: bool) -> float:
-        """Return the mean KL per token; with derivatives, leave gradients on the site weights."""
+    def _run_tasks(self, ids: Tensor, derivatives: bool) -> Iterator[TaskValue]:
+        """Measure every task's own windows."""
+        count = len(ids) // len(self.config.tasks)
+        for k, (task, windows) in enumerate(zip(self.config.tasks, ids.split(count), strict=True)):
+            kl = self._run(windows, derivatives, first_window=k * count)
+            gradient = self._gradient() if derivatives else None
+            yield TaskValue(task=task, kl=max(kl, 0.0), gradient=gradient)
+
+    def _run(self, ids: Tensor, derivatives: bool, *, first_window: int = 0) -> float:
+        """Return the mean KL per token; with derivatives, leave gradients on the site weights.
+
+        ``first_window`` says where in the text the windows begin.
+        """
         for site in self.config.profile.sites:
             weight = _weight(self._model, site)
             weight.requires_grad_(derivatives)
             weight.grad = None
         total = 0.0
-        position = 0
+        position = first_window * self._ids.shape[1]
         for windows in ids.split(_WINDOWS_PER_PASS):
             with torch.set_grad_enabled(derivatives):
                 logits = self._model(input_ids=windows, use_cache=False).logits.flatten(
@@ -268,6 +288,15 @@ class LocalEvaluator:
             self._dropped[path],
             self._fisher[path],
         )
+
+
+def _mean_of(tasks: Sequence[TaskValue]) -> tuple[float, tuple[float, ...] | None]:
+    """Return the mean KL and derivative of tasks of equal size."""
+    kl = sum(value.kl for value in tasks) / len(tasks)
+    gradients = [value.gradient for value in tasks if value.gradient is not None]
+    if len(gradients) < len(tasks):
+        return kl, None
+    return kl, tuple(sum(parts) / len(tasks) for parts in zip(*gradients, strict=True))
 
 
 @torch.no_grad()

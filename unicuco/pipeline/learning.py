@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -33,7 +33,7 @@ from unicuco.search import learn_network
 from unicuco.search.drive import Progress, drive
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.stratnet import StratNet, StratNetAllocator
-from unicuco.surrogate import GaussianProcess, Intervals
+from unicuco.surrogate import Intervals, Surrogate, TaskSurrogates
 from unicuco.types import Evaluation, Strategy
 
 _DATABASE: Final = "evaluations.db"
@@ -177,12 +177,16 @@ def _record_dense(name: str, text: TokenSet, store: EvaluationStore, seconds: fl
 
 def _validate(
     prepared: Prepared,
-    surrogate: GaussianProcess,
+    surrogate: Surrogate,
     net: StratNet,
     store: EvaluationStore,
     progress: ProgressSink,
-) -> tuple[dict[str, list[tuple[float, float]]], Intervals]:
-    """Measure StratNet and one-shot rivals on validation text, and calibrate on the former."""
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, object]]:
+    """Measure StratNet and one-shot rivals on validation text, and calibrate on the former.
+
+    Returns:
+        The measured curves, and the intervals as the manifest holds them.
+    """
     space = prepared.space
     text = prepared.texts.validation
     started = time.perf_counter()
@@ -210,9 +214,19 @@ def _validate(
     for (name, sparsity, _), kl in zip(asked, windows, strict=True):
         curves[name].append((sparsity, float(kl.mean())))
     own = [strategy for name, _, strategy in asked if name == "stratnet"]
-    with torch.no_grad():
-        mean, _ = surrogate.posterior(space.encode(own))
-    return curves, Intervals.calibrate(torch.stack(windows[: len(own)]), mean)
+    return curves, _calibrated(surrogate, space.encode(own), torch.stack(windows[: len(own)]))
+
+
+@torch.no_grad()
+def _calibrated(surrogate: Surrogate, points: Tensor, window_kl: Tensor) -> dict[str, object]:
+    """Return the intervals that ``n x w`` measurements at ``n x d`` points give, task by task."""
+    if not isinstance(surrogate, TaskSurrogates):
+        return asdict(Intervals.calibrate(window_kl, surrogate.posterior(points)[0]))
+    parts = window_kl.chunk(len(surrogate.processes), dim=1)
+    return {
+        task: asdict(Intervals.calibrate(own, process.posterior(points)[0]))
+        for (task, process), own in zip(surrogate.processes.items(), parts, strict=True)
+    }
 
 
 def _measure(
@@ -249,9 +263,9 @@ def _write(
     options: LearnOptions,
     prepared: Prepared,
     store: EvaluationStore,
-    surrogate: GaussianProcess,
+    surrogate: Surrogate,
     net: StratNet,
-    intervals: Intervals,
+    intervals: dict[str, object],
     validation: dict[str, list[tuple[float, float]]],
 ) -> None:
     folder = options.out
@@ -289,11 +303,7 @@ def _write(
         "evaluations": len(outcomes),
         "failed": len(outcomes) - len(ok),
         "cost_units": units,
-        "intervals": {
-            "bias": intervals.bias,
-            "variance": intervals.variance,
-            "degrees": intervals.degrees,
-        },
+        "intervals": intervals,
         "validation": validation,
         "files": {
             name: file_digest(folder / name)

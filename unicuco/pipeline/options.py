@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from unicuco.calibration import Sampling
 from unicuco.dimensions import DIMENSIONS, Granularity
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY
 from unicuco.errors import RequestError
@@ -22,6 +24,7 @@ ProgressSink = Callable[[Progress], None]
 # section 1b).
 DEFAULT_EVALUATIONS: Final = {"default": 28, "paper": 110}
 MIN_EVALUATIONS: Final = 4
+_TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,9 @@ class LearnOptions:
 
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
     are tokens per evaluation; ``context`` tokens per window (none: the model's own, at most 512);
-    ``max_sparsity`` the highest sparsity over sites that is learned.
+    ``calibration_sampling`` how calibration windows are chosen from their text;
+    ``tasks`` are names and texts that requests may weigh, each a share of every text, in place of
+    ``calibration``; ``max_sparsity`` the highest sparsity over sites that is learned.
 
     Raises:
         RequestError: an option outside its range, or an unknown name.
@@ -46,6 +51,8 @@ class LearnOptions:
     replicas: int = 1
     shards: int = 1
     calibration: Path | None = None
+    calibration_sampling: str = "even"
+    tasks: tuple[tuple[str, Path], ...] = ()
     tokens: int = 3072
     context: int | None = None
     seed: int = 0
@@ -56,6 +63,7 @@ class LearnOptions:
         _one_of("pruner", self.pruner, METRICS)
         _one_of("granularity", self.granularity, Granularity)
         _one_of("preset", self.preset, SEARCHES)
+        _one_of("calibration-sampling", self.calibration_sampling, Sampling)
         for name in self.dimensions:
             _one_of("dimensions", name, DIMENSIONS)
         if self.dimensions != ("sparsity",):
@@ -67,6 +75,7 @@ class LearnOptions:
             raise RequestError(
                 f"this version keeps a model on one node: shards must be 1, got {self.shards}"
             )
+        self._check_tasks()
         _at_least("evaluations", self.num_evaluations, MIN_EVALUATIONS)
         _at_least("replicas", self.replicas, 1)
         _at_least("tokens", self.tokens, 2)
@@ -78,6 +87,28 @@ class LearnOptions:
                 f"got {self.max_sparsity:g}"
             )
 
+    def _check_tasks(self) -> None:
+        if not self.tasks:
+            return
+        names = self.task_names
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise RequestError(
+                "task needs two texts or more, each under a name of its own; "
+                f"got {', '.join(names)}"
+            )
+        if self.calibration is not None:
+            raise RequestError("give either calibration or task, not both: tasks bring their texts")
+        if self.preset != "default":
+            raise RequestError(f"tasks are learned by preset default, not by {self.preset}")
+        if self.calibration_sampling != Sampling.EVEN:
+            raise RequestError("tasks share the calibration text evenly: sampling must be even")
+        _at_least("tokens", self.tokens, 2 * len(names))
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks' names in order; none where there is one text."""
+        return tuple(name for name, _ in self.tasks)
+
     @property
     def num_evaluations(self) -> int:
         """Strategies to ask in all."""
@@ -88,6 +119,13 @@ class LearnOptions:
 
         A resumed run must agree on it.
         """
+        # Defaults go unnamed, so that runs from before there was a choice can go on.
+        sampling = self.calibration_sampling
+        chosen: dict[str, object] = {}
+        if sampling != Sampling.EVEN:
+            chosen["calibration_sampling"] = sampling
+        if self.tasks:
+            chosen["tasks"] = list(self.task_names)
         return {
             "pruner": self.pruner,
             "granularity": self.granularity,
@@ -97,7 +135,25 @@ class LearnOptions:
             "context": self.context,
             "seed": self.seed,
             "max_sparsity": self.max_sparsity,
+            **chosen,
         }
+
+
+def parse_tasks(given: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    """Read ``NAME=FILE`` for every task.
+
+    Raises:
+        RequestError: no name or no file.
+    """
+    tasks = []
+    for item in given:
+        name, separator, file = item.partition("=")
+        if not (separator and _TASK_NAME.fullmatch(name) and file):
+            raise RequestError(
+                f"task must be NAME=FILE, the name of small letters, digits, - and _; got {item!r}"
+            )
+        tasks.append((name, Path(file)))
+    return tuple(tasks)
 
 
 def _one_of(option: str, value: str, known: object) -> None:

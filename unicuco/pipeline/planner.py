@@ -7,6 +7,9 @@ weighted Tchebycheff value of size and log KL, both scaled to [0, 1] over the fr
 the weights multiplying, so that more preference for size never keeps more. Then one batch:
 StratNet's answers, the exact fill, the surrogate's predictions.
 
+With several tasks, a request's weights say what KL means; the front is then that of the weighted
+KL, made when a weighting first asks for it.
+
 What it does not know: weights and files.
 """
 
@@ -22,10 +25,24 @@ from torch import Tensor
 from unicuco.errors import InfeasibleRequestError, UnicucoError
 from unicuco.space import StrategySpace
 from unicuco.stratnet import StratNetAllocator
-from unicuco.surrogate import EPSILON, GaussianProcess, Intervals
+from unicuco.surrogate import EPSILON, Forecast
 from unicuco.types import Plan, Prediction, Request, ServedAs, Strategy, Target
 
+_MAX_FRONTS: Final = 64  # kept at a time, of different task weights
 _GRID: Final = 341  # points of the front: steps of a quarter of a percent over [0.05, 0.9]
+
+
+# A request's task weights in task order; none: one text, or all tasks equally.
+_Weights = tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Front:
+    """Predictions along the grid under one weighting, and what targets read off them."""
+
+    predictions: list[Prediction]
+    upper: Tensor
+    quality: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +64,9 @@ class Planner:
     Args:
         space: of the run.
         allocator: its StratNet.
-        surrogate: its fitted surrogate.
-        intervals: their calibration.
+        forecast: its fitted surrogate with the calibration.
         sparsity_range: what was learned.
+        tasks: names that requests may weigh, in order; none: one text.
     """
 
     def __init__(
@@ -57,34 +74,32 @@ class Planner:
         *,
         space: StrategySpace,
         allocator: StratNetAllocator,
-        surrogate: GaussianProcess,
-        intervals: Intervals,
+        forecast: Forecast,
         sparsity_range: tuple[float, float],
+        tasks: tuple[str, ...] = (),
     ) -> None:
         self.space = space
         self._allocator = allocator
-        self._surrogate = surrogate
-        self._intervals = intervals
+        self._forecast = forecast
+        self._tasks = tasks
         self._low, self._high = sparsity_range
         self._grid = torch.linspace(self._low, self._high, _GRID, dtype=torch.float64)
-        # Of the exact strategies, so that what ``max_kl`` reads here is what its plan will say.
-        predictions = [prediction for _, prediction in self._strategies(self._grid.tolist())]
-        self._table = predictions
-        self._upper = (
-            torch.tensor([p.hi95 for p in predictions], dtype=torch.float64).cummax(0).values
-        )
-        self._quality = _quality(torch.tensor([p.mean for p in predictions], dtype=torch.float64))
+        self._fronts: dict[_Weights, _Front] = {}
+        self._front_of(None)
 
     def plan(self, requests: Sequence[Request]) -> list[Plan | UnicucoError]:
         """Answer every request; one that can't be met is answered by its error, at its place."""
-        answers: list[Plan | UnicucoError | float] = []
+        answers: list[UnicucoError | float] = []
+        weightings: list[_Weights] = []
         for request in requests:
             try:
-                answers.append(self._sparsity_of(request))
+                weights = self._weights_of(request)
+                answers.append(self._sparsity_of(request, weights))
+                weightings.append(weights)
             except UnicucoError as error:
                 answers.append(error)
         targets = [answer for answer in answers if isinstance(answer, float)]
-        strategies = iter(self._strategies(targets))
+        strategies = iter(self._strategies(targets, weightings))
         return [
             answer if isinstance(answer, UnicucoError) else self._plan(request, *next(strategies))
             for request, answer in zip(requests, answers, strict=True)
@@ -92,28 +107,68 @@ class Planner:
 
     def predict(self, strategies: Sequence[Strategy]) -> list[Prediction]:
         """Predict the KL of any strategies of the space on fresh text."""
-        return self._predict(self.space.encode(strategies))
+        return self._predict(self.space.encode(strategies), None)
 
     def front(self, num_points: int = 18) -> list[FrontPoint]:
         """Return predictions at evenly spread sparsities of the learned range."""
         picks = torch.linspace(0, _GRID - 1, num_points).round().long().tolist()
-        return [FrontPoint(sparsity=float(self._grid[k]), kl=self._table[k]) for k in picks]
+        table = self._front_of(None).predictions
+        return [FrontPoint(sparsity=float(self._grid[k]), kl=table[k]) for k in picks]
 
-    def _strategies(self, sparsities: list[float]) -> list[tuple[Strategy, Prediction]]:
+    def _front_of(self, weights: _Weights) -> _Front:
+        if weights not in self._fronts:
+            # Of the exact strategies, so that what ``max_kl`` reads here is what its plan will say.
+            grid = self._grid.tolist()
+            predictions = [p for _, p in self._strategies(grid, [weights] * len(grid))]
+            highs = torch.tensor([p.hi95 for p in predictions], dtype=torch.float64)
+            means = torch.tensor([p.mean for p in predictions], dtype=torch.float64)
+            if len(self._fronts) >= _MAX_FRONTS:
+                self._fronts = {None: self._fronts[None]}
+            self._fronts[weights] = _Front(
+                predictions=predictions, upper=highs.cummax(0).values, quality=_quality(means)
+            )
+        return self._fronts[weights]
+
+    def _weights_of(self, request: Request) -> _Weights:
+        if request.task_weights is None:
+            return None
+        if not self._tasks:
+            raise InfeasibleRequestError(
+                "this run has one text and no tasks to weigh; leave task_weights out, or learn "
+                "one with --task NAME=FILE"
+            )
+        given = dict(request.task_weights)
+        unknown = [name for name in given if name not in self._tasks]
+        if unknown:
+            raise InfeasibleRequestError(
+                f"this run has no task {unknown[0]!r}; its tasks are {', '.join(self._tasks)}"
+            )
+        return tuple(given.get(task, 0.0) for task in self._tasks)
+
+    def _matrix(self, weightings: Sequence[_Weights]) -> Tensor | None:
+        """Return ``b x k`` task weights; none where there is one text."""
+        if not self._tasks:
+            return None
+        even = (1 / len(self._tasks),) * len(self._tasks)
+        return torch.tensor([w or even for w in weightings], dtype=torch.float64)
+
+    def _strategies(
+        self, sparsities: list[float], weightings: Sequence[_Weights]
+    ) -> list[tuple[Strategy, Prediction]]:
         if not sparsities:
             return []
         targets = torch.tensor(sparsities, dtype=torch.float64)
         # Below the learned range the network is asked for its lowest target, and projection scales
         # that down.
-        units = self._allocator.units(targets.clamp(min=self._low))
+        weights = self._matrix(weightings)
+        units = self._allocator.units(targets.clamp(min=self._low), weights)
         budgets = [self.space.kept_for_sparsity(sparsity) for sparsity in sparsities]
         strategies = self.space.decode_exact(units, budgets)
-        return list(zip(strategies, self.predict(strategies), strict=True))
+        predictions = self._predict(self.space.encode(strategies), weights)
+        return list(zip(strategies, predictions, strict=True))
 
-    def _predict(self, points: Tensor) -> list[Prediction]:
-        with torch.no_grad():
-            mean, std = self._surrogate.posterior(points)
-        predictions = self._intervals.predict(mean, std)
+    def _predict(self, points: Tensor, weights: Tensor | None) -> list[Prediction]:
+        predictions = self._forecast.predict(points, weights)
         dense = (points <= 0).all(1).tolist()
         nothing = Prediction(mean=0.0, lo95=0.0, hi95=0.0)  # the dense model itself, by definition
         return [nothing if is_dense else p for p, is_dense in zip(predictions, dense, strict=True)]
@@ -133,7 +188,7 @@ class Planner:
             kl=kl,
         )
 
-    def _sparsity_of(self, request: Request) -> float:
+    def _sparsity_of(self, request: Request, weights: _Weights) -> float:
         if request.served_as not in (None, ServedAs.MASK):
             raise InfeasibleRequestError(
                 f"this run learned masks only; it can't serve a variant as {request.served_as}"
@@ -148,8 +203,8 @@ class Planner:
         if request.target is Target.MAX_BYTES:
             return self._of_bytes(int(value))
         if request.target is Target.MAX_KL:
-            return self._of_kl(value)
-        return self._of_preference(value)
+            return self._of_kl(value, self._front_of(weights))
+        return self._of_preference(value, self._front_of(weights))
 
     def _of_params(self, wanted: int) -> float:
         cost = self.space.cost
@@ -175,15 +230,15 @@ class Planner:
             )
         return 0.0
 
-    def _of_kl(self, bound: float) -> float:
-        fits = int((self._upper * (1 + 1e-6) <= bound).sum())  # the last bits depend on the batch
+    def _of_kl(self, bound: float, front: _Front) -> float:
+        fits = int((front.upper * (1 + 1e-6) <= bound).sum())  # the last bits depend on the batch
         return float(self._grid[fits - 1]) if fits else 0.0
 
-    def _of_preference(self, preference: float) -> float:
+    def _of_preference(self, preference: float, front: _Front) -> float:
         if preference == 0.0:
             return 0.0
         size = (self._high - self._grid) / (self._high - self._low)
-        worst = torch.maximum(preference * size, (1 - preference) * self._quality)
+        worst = torch.maximum(preference * size, (1 - preference) * front.quality)
         return float(self._grid[int(worst.argmin())])
 
 

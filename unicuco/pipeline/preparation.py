@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from unicuco.allocate import AllocationContext, AxisCurves, Evidence
-from unicuco.calibration import TokenSet, collect_input_norms
+from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
+from unicuco.calibration import Sampling, TokenSet, collect_input_norms, sample_clustered
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig, dense_reference
 from unicuco.evaluate.local import Arrays, pack_model, pack_text
@@ -30,6 +31,7 @@ from unicuco.pipeline.texts import (
     LearningSource,
     LearningTexts,
     learning_texts,
+    task_texts,
     window_length,
 )
 from unicuco.ranks import RankStore, build_ranks
@@ -37,6 +39,7 @@ from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
 from unicuco.space import StrategySpace
 from unicuco.store import Measurement
+from unicuco.types import ModelProfile
 
 T = TypeVar("T")
 
@@ -110,39 +113,90 @@ def prepare(
     loaded = load_model(options.model)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
-    texts = learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
+    texts = _texts(options, tokenizer, context)
+    source = LearningSource(tokenizer=tokenizer, source=options.calibration, tasks=options.tasks)
+    costs: list[Measurement] = []
+    if options.calibration_sampling == Sampling.CLUSTERED:
+        texts = _clustered(options, loaded, texts, source, costs)
     progress(Progress(stage="load", done=1, total=1))
     check(loaded.profile.digest, texts.digest)
-    costs: list[Measurement] = []
     ranks = _ranks(options, folder, loaded, texts, costs, progress)
     fisher = _fisher(options, folder, loaded, texts, ranks, costs, progress)
-    granularity = Granularity(options.granularity)
-    space = build_space(loaded.profile, options.dimensions, granularity)
     return Prepared(
         loaded=loaded,
         texts=texts,
-        source=LearningSource(tokenizer=tokenizer, source=options.calibration),
+        source=source,
         ranks=ranks,
-        fisher=fisher,
+        fisher={site.path: fisher[site.path] for site in loaded.profile.sites},
         context=context,
         costs=tuple(costs),
         evaluator=EvaluatorConfig(
             model_config=loaded.model.config.to_json_string(),
             profile=loaded.profile,
             dimensions=options.dimensions,
-            granularity=granularity,
+            granularity=Granularity(options.granularity),
             text_digest=texts.search.digest,
+            tasks=options.task_names,
         ),
-        search=SearchConfig(
-            preset=options.preset,
-            profile=loaded.profile,
-            dimensions=options.dimensions,
-            granularity=granularity,
-            curves=AxisCurves.from_fisher(space, loaded.profile, granularity, fisher).table,
-            sparsity_range=(MIN_SPARSITY, options.max_sparsity),
-            seed=options.seed,
+        search=_search_config(options, loaded.profile, fisher),
+    )
+
+
+def _texts(
+    options: LearnOptions, tokenizer: PreTrainedTokenizerBase, context: int
+) -> LearningTexts:
+    if options.tasks:
+        return task_texts(tokenizer, options.tasks, tokens=options.tokens, context=context)
+    return learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
+
+
+def _search_config(
+    options: LearnOptions, profile: ModelProfile, fisher: dict[str, Tensor]
+) -> SearchConfig:
+    granularity = Granularity(options.granularity)
+    space = build_space(profile, options.dimensions, granularity)
+
+    def curves(sums: dict[str, Tensor]) -> Tensor:
+        return AxisCurves.from_fisher(space, profile, granularity, sums).table
+
+    return SearchConfig(
+        preset=options.preset,
+        profile=profile,
+        dimensions=options.dimensions,
+        granularity=granularity,
+        curves=curves(fisher),
+        sparsity_range=(MIN_SPARSITY, options.max_sparsity),
+        seed=options.seed,
+        tasks=options.task_names,
+        task_curves=tuple(
+            curves({site.path: fisher[_of_task(k, site.path)] for site in profile.sites})
+            for k in range(len(options.tasks))
         ),
     )
+
+
+def _clustered(
+    options: LearnOptions,
+    loaded: LoadedModel,
+    texts: LearningTexts,
+    source: LearningSource,
+    costs: list[Measurement],
+) -> LearningTexts:
+    """Draw the calibration windows anew, by groups, from all windows of their text."""
+    started = time.perf_counter()
+    even = texts.calibration
+    pool = source.pool(TextPart.CALIBRATION, context=even.context)
+    chosen = sample_clustered(loaded.model, pool, len(even.ids), seed=options.seed)
+    costs.append(
+        Measurement(
+            purpose="sampling",
+            tokens=pool.num_tokens,
+            cost_units=pool.num_tokens / texts.search.num_tokens,
+            seconds=time.perf_counter() - started,
+            text_digest=pool.digest,
+        )
+    )
+    return replace(texts, calibration=chosen)
 
 
 def _ranks(
@@ -182,14 +236,26 @@ def _fisher(
     progress(Progress(stage="fisher", done=0, total=1))
 
     def build() -> dict[str, Tensor]:
-        return fisher_rank_sums(
-            loaded.model, loaded.profile, ranks.ranks, texts.calibration, seed=options.seed
-        )
+        def sums(windows: TokenSet) -> dict[str, Tensor]:
+            return fisher_rank_sums(
+                loaded.model, loaded.profile, ranks.ranks, windows, seed=options.seed
+            )
+
+        parts = texts.calibration.ids.chunk(max(1, len(options.tasks)))
+        if len(parts) == 1:
+            return sums(texts.calibration)
+        each = [sums(TokenSet.from_ids(part)) for part in parts]
+        both = {path: torch.stack([own[path] for own in each]).mean(0) for path in each[0]}
+        return both | {_of_task(k, path): own[path] for k, own in enumerate(each) for path in own}
 
     sums = _counted(build, "fisher", _FISHER_UNITS, texts, costs)
     save_tensors(path, sums)
     progress(Progress(stage="fisher", done=1, total=1))
     return sums
+
+
+def _of_task(number: int, path: str) -> str:
+    return f"task{number}/{path}"
 
 
 def _counted(

@@ -19,7 +19,15 @@ from unicuco.pipeline.files import file_digest, load_json, load_tensors
 from unicuco.pipeline.planner import FrontPoint, Planner
 from unicuco.ranks import RankStore
 from unicuco.stratnet import NetKind, StratNet, StratNetAllocator
-from unicuco.surrogate import GaussianProcess, Intervals, SurrogateOptions
+from unicuco.surrogate import (
+    Forecast,
+    GaussianProcess,
+    Intervals,
+    SurrogateOptions,
+    TaskForecast,
+    TaskSurrogates,
+    TextForecast,
+)
 from unicuco.types import ModelProfile, Plan, Request, Site
 
 MANIFEST: Final = "run.json"
@@ -158,18 +166,31 @@ class Run:
         space = build_space(
             self.profile, tuple(options["dimensions"]), Granularity(options["granularity"])
         )
-        net = StratNet(_KINDS[options["preset"]], space.num_axes, seed=0)
+        net = StratNet(_KINDS[options["preset"]], space.num_axes, seed=0, num_tasks=len(self.tasks))
         net.load_state_dict(load_tensors(self.folder / "stratnet.safetensors"))
-        surrogate = GaussianProcess.restore(
-            SurrogateOptions(curves=options["preset"] == "default"),
-            load_tensors(self.folder / "surrogate.safetensors"),
-        )
         return Planner(
             space=space,
             allocator=StratNetAllocator(net, space),
-            surrogate=surrogate,
-            intervals=Intervals(**self.manifest["intervals"]),
+            forecast=self._forecast(),
             sparsity_range=self.sparsity_range,
+            tasks=self.tasks,
+        )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that requests may weigh; none where the run has one text."""
+        return tuple(self.manifest["options"].get("tasks", ()))
+
+    def _forecast(self) -> Forecast:
+        options = SurrogateOptions(curves=self.manifest["options"]["preset"] == "default")
+        state = load_tensors(self.folder / "surrogate.safetensors")
+        intervals = self.manifest["intervals"]
+        if not self.tasks:
+            surrogate = GaussianProcess.restore(options, state)
+            return TextForecast(surrogate=surrogate, intervals=Intervals(**intervals))
+        return TaskForecast(
+            surrogates=TaskSurrogates.restore(options, self.tasks, state),
+            intervals=tuple(Intervals(**intervals[task]) for task in self.tasks),
         )
 
 

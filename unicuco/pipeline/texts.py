@@ -7,10 +7,12 @@ reports, never by what learns.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from unicuco.allocate import TextPart
@@ -41,11 +43,13 @@ class LearningTexts:
 class LearningSource:
     """A model's tokenizer with the file that its texts are cut from; none: the reference corpus.
 
-    The `TextSource` of allocators.
+    With ``tasks``, several files in place of one: a text is then equally many windows of each, one
+    task after the other. The `TextSource` of allocators.
     """
 
     tokenizer: PreTrainedTokenizerBase
     source: Path | None
+    tasks: tuple[tuple[str, Path], ...] = ()
 
     def windows(self, part: TextPart, *, tokens: int, context: int) -> TokenSet:
         """Return windows of the calibration or search text.
@@ -53,8 +57,19 @@ class LearningSource:
         Raises:
             TextError: the text can't be read or is too short.
         """
-        text = dict(zip(_PARTS, _part_texts(self.source), strict=True))[part.value]
-        return token_windows(self.tokenizer, text, tokens=tokens, context=context)
+        share = tokens // max(1, len(self.tasks))
+        return self._windows(part, tokens=share, context=context)
+
+    def pool(self, part: TextPart, *, context: int) -> TokenSet:
+        """Return every full window of the calibration or search text."""
+        return self._windows(part, tokens=None, context=context)
+
+    def _windows(self, part: TextPart, *, tokens: int | None, context: int) -> TokenSet:
+        files: list[Path | None] = [path for _, path in self.tasks] or [self.source]
+        texts = [dict(zip(_PARTS, _part_texts(file), strict=True))[part.value] for file in files]
+        return _joined(
+            [token_windows(self.tokenizer, t, tokens=tokens, context=context) for t in texts]
+        )
 
 
 def window_length(max_context: int, wanted: int | None) -> int:
@@ -96,6 +111,31 @@ def learning_texts(
             f"and a third of it is too short: {error}"
         ) from error
     return LearningTexts(calibration=sets[0], search=sets[1], validation=sets[2])
+
+
+def task_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[tuple[str, Path]],
+    *,
+    tokens: int,
+    context: int,
+) -> LearningTexts:
+    """Cut the three texts of several tasks: equally many windows of each file, in task order.
+
+    Raises:
+        TextError: a file can't be read or is too short for its share.
+    """
+    share = tokens // len(tasks)
+    parts = [learning_texts(tokenizer, path, tokens=share, context=context) for _, path in tasks]
+    return LearningTexts(
+        calibration=_joined([part.calibration for part in parts]),
+        search=_joined([part.search for part in parts]),
+        validation=_joined([part.validation for part in parts]),
+    )
+
+
+def _joined(sets: Sequence[TokenSet]) -> TokenSet:
+    return sets[0] if len(sets) == 1 else TokenSet.from_ids(torch.cat([s.ids for s in sets]))
 
 
 def _part_texts(source: Path | None) -> list[str]:

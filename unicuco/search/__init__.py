@@ -23,10 +23,10 @@ from unicuco.search.paper import PaperSearch, learn_preferences
 from unicuco.search.progression import Progression
 from unicuco.search.request import RequestConfig, RequestSearch, SearchAllocator
 from unicuco.stratnet import StratNet
-from unicuco.surrogate import GaussianProcess
+from unicuco.surrogate import Surrogate
 from unicuco.types import Evaluation, Strategy
 
-Learner = Callable[..., tuple[GaussianProcess, StratNet]]
+Learner = Callable[..., tuple[Surrogate, StratNet]]
 
 SEARCHES: Final[dict[str, Callable[[SearchConfig], Search]]] = {
     "default": FrontSearch,
@@ -54,7 +54,7 @@ def build_search(config: SearchConfig) -> Search:
 
 def learn_network(
     config: SearchConfig, evaluations: Sequence[tuple[Strategy, Evaluation]], *, seed: int
-) -> tuple[GaussianProcess, StratNet]:
+) -> tuple[Surrogate, StratNet]:
     """Learn surrogate and StratNet from evaluations, as the preset does it.
 
     Raises:

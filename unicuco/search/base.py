@@ -37,7 +37,8 @@ class SearchConfig:
     """All that decides what a search asks; picklable, and recorded with the run.
 
     ``curves`` is the ``d x m`` table of axis curves; ``sparsity_range`` the targets that are
-    learned.
+    learned; ``tasks`` the search texts, where there are several, and ``task_curves`` a table of
+    curves for each.
     """
 
     preset: str
@@ -49,6 +50,8 @@ class SearchConfig:
     seed: int
     surrogate: SurrogateOptions = field(default_factory=SurrogateOptions)
     training: TrainOptions = field(default_factory=TrainOptions)
+    tasks: tuple[str, ...] = ()
+    task_curves: tuple[Tensor, ...] = ()
 
     def space(self) -> StrategySpace:
         """Build the strategy space."""

@@ -12,17 +12,18 @@ What it does not know: how evaluations are run, and when to stop.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from unicuco.allocate import AllocationContext, Fisher, Uniform
+from unicuco.allocate import AllocationContext, AxisCurves, Fisher, Uniform
 from unicuco.search.base import History, SearchConfig
 from unicuco.space import StrategySpace
-from unicuco.stratnet import NetKind, StratNet, train_on_sizes
-from unicuco.stratnet.train import size_answers
-from unicuco.surrogate import GaussianProcess, Observations
+from unicuco.stratnet import NetKind, StratNet, train_on_sizes, train_on_tasks
+from unicuco.stratnet.train import size_answers, task_answers
+from unicuco.surrogate import GaussianProcess, Observations, Surrogate, TaskSurrogates
 from unicuco.types import Ask, Evaluation, Outcome, Strategy
 
 _GOLDEN: Final = 0.6180339887498949  # multiples modulo 1 spread evenly, however many there are
@@ -88,8 +89,20 @@ class FrontSearch:
         targets = low + (high - low) * (_FROM + (1 - _FROM) * shares)
         budgets = [self._space.kept_for_sparsity(target) for target in targets.tolist()]
         with torch.no_grad():
-            points = size_answers(net, self._space, targets)
+            if self.config.tasks:
+                points = task_answers(net, self._space, targets, self._weightings(first))
+            else:
+                points = size_answers(net, self._space, targets)
         return self._space.decode_exact(points, budgets)
+
+    def _weightings(self, first: int) -> Tensor:
+        """Return the ``round x k`` task weights that a round asks for: each task alone, then all.
+
+        What lies between is between in the surrogates too.
+        """
+        k = len(self.config.tasks)
+        choices = torch.cat([torch.eye(k), torch.full((1, k), 1 / k)]).double()
+        return choices[torch.arange(first, first + self.round_size) % (k + 1)]
 
 
 def _spread(number: int) -> tuple[float, float]:
@@ -100,12 +113,16 @@ def _spread(number: int) -> tuple[float, float]:
 
 def learn_front(
     config: SearchConfig, evaluations: Sequence[tuple[Strategy, Evaluation]], *, seed: int
-) -> tuple[GaussianProcess, StratNet]:
+) -> tuple[Surrogate, StratNet]:
     """Fit the surrogate to evaluations and train a size network through it.
+
+    With several tasks: one surrogate each, and a network that sees their weights.
 
     Raises:
         SurrogateError: too few evaluations succeeded.
     """
+    if config.tasks:
+        return _learn_tasks(config, evaluations, seed=seed)
     space = config.space()
     surrogate = GaussianProcess(
         config.surrogate, config.axis_curves() if config.surrogate.curves else None
@@ -119,6 +136,35 @@ def learn_front(
 
     train_on_sizes(net, space, judge, config.sparsity_range, config.training, seed=seed)
     return surrogate, net
+
+
+def _learn_tasks(
+    config: SearchConfig, evaluations: Sequence[tuple[Strategy, Evaluation]], *, seed: int
+) -> tuple[TaskSurrogates, StratNet]:
+    space = config.space()
+    processes: dict[str, GaussianProcess] = {}
+    for number, task in enumerate(config.tasks):
+        curves = AxisCurves(config.task_curves[number]) if config.surrogate.curves else None
+        processes[task] = GaussianProcess(config.surrogate, curves)
+        own = [(strategy, _as_task(e, number)) for strategy, e in evaluations]
+        processes[task].fit(observe(space, own))
+    surrogates = TaskSurrogates(processes)
+    net = StratNet(NetKind.SIZE, space.num_axes, seed=seed, num_tasks=len(processes))
+
+    def judge(points: Tensor, weights: Tensor) -> Tensor:
+        mean, std = surrogates.weighted(points, weights)
+        return mean + CAUTION * std
+
+    train_on_tasks(
+        net, space, judge, config.sparsity_range, config.training,
+        num_tasks=len(processes), seed=seed,
+    )  # fmt: skip
+    return surrogates, net
+
+
+def _as_task(evaluation: Evaluation, number: int) -> Evaluation:
+    value = evaluation.tasks[number]
+    return replace(evaluation, kl=value.kl, gradient=value.gradient, tasks=())
 
 
 def observe(

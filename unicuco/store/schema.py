@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from unicuco.errors import RunError
-from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy
+from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy, TaskValue
 
 SCHEMA_VERSION: Final = 1
 
@@ -89,6 +89,17 @@ SCREENINGS: Final = Table(
         if not column.primary_key
     ),
     Index("screenings_round_position", "round", "position"),
+)
+
+# What evaluations of `evaluations` measured on each of several search texts.
+TASK_VALUES: Final = Table(
+    "task_values",
+    METADATA,
+    Column("strategy_key", String(64), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("task", String(64), nullable=False),
+    Column("kl", Double, nullable=False),
+    Column("gradient", Text),
 )
 
 MEASUREMENTS: Final = Table(
@@ -192,6 +203,26 @@ def outcome_row(ask: Ask, outcome: Outcome, *, finished_at: float) -> dict[str, 
     }
 
 
+def task_rows(outcome: Outcome) -> list[dict[str, object]]:
+    """Return the rows of table `task_values` for one outcome, in task order."""
+    return [
+        {
+            "strategy_key": outcome.strategy_key,
+            "position": position,
+            "task": value.task,
+            "kl": value.kl,
+            "gradient": None if value.gradient is None else json.dumps(value.gradient),
+        }
+        for position, value in enumerate(outcome.tasks if isinstance(outcome, Evaluation) else ())
+    ]
+
+
+def row_task(row: RowMapping) -> TaskValue:
+    """Read a task's value back from a row of `task_values`."""
+    gradient = None if row["gradient"] is None else tuple(json.loads(row["gradient"]))
+    return TaskValue(task=row["task"], kl=row["kl"], gradient=gradient)
+
+
 def row_ask(row: RowMapping) -> Ask:
     """Read an ask back from a row of any of the tables of asks and outcomes.
 
@@ -210,7 +241,7 @@ def row_ask(row: RowMapping) -> Ask:
     )
 
 
-def row_outcome(row: RowMapping) -> Outcome:
+def row_outcome(row: RowMapping, tasks: tuple[TaskValue, ...] = ()) -> Outcome:
     """Read an outcome back from a row of `evaluations` or `screenings`.
 
     Raises:
@@ -231,6 +262,7 @@ def row_outcome(row: RowMapping) -> Outcome:
             text_digest=row["text_digest"],
             cost_units=row["cost_units"],
             wall_s=row["seconds"],
+            tasks=tasks,
         )
     except (TypeError, ValueError) as error:
         raise _altered(row) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -39,18 +39,21 @@ from unicuco.store.schema import (
     SCHEMA_VERSION,
     SCREENING_ASKS,
     SCREENINGS,
+    TASK_VALUES,
     Measurement,
     ask_row,
     outcome_row,
     row_ask,
     row_outcome,
+    row_task,
+    task_rows,
 )
-from unicuco.types import Ask, Outcome
+from unicuco.types import Ask, Outcome, TaskValue
 
 _RENEW_EVERY_S: Final = lease.LEASE_S / 4
 _VERSION_KEY: Final = "schema_version"
 # Stores of the same format that were made before these tables came hold nothing for them.
-_ADDED_LATER: Final = frozenset({SCREENING_ASKS.name, SCREENINGS.name})
+_ADDED_LATER: Final = frozenset({SCREENING_ASKS.name, SCREENINGS.name, TASK_VALUES.name})
 
 
 class EvaluationStore:
@@ -163,12 +166,19 @@ class EvaluationStore:
         """
         now = time.time()
         rows = [outcome_row(ask, outcome, finished_at=now) for ask, outcome in results]
-        self._insert_by_fidelity(EVALUATIONS, SCREENINGS, rows)
+        values = [
+            row for ask, outcome in results if ask.tokens is None for row in task_rows(outcome)
+        ]
+        self._insert_by_fidelity(EVALUATIONS, SCREENINGS, rows, (TASK_VALUES, values))
 
     def read(self) -> Iterator[tuple[Ask, Outcome]]:
         """Return every recorded outcome with its ask, by round and position."""
         rows = self._ordered_rows(EVALUATIONS, SCREENINGS)
-        return ((row_ask(row), row_outcome(row)) for row in rows)
+        values: dict[str, list[TaskValue]] = {}
+        if TASK_VALUES.name in self._tables:
+            for row in self._rows(select(TASK_VALUES).order_by(TASK_VALUES.c.position)):
+                values.setdefault(row["strategy_key"], []).append(row_task(row))
+        return ((row_ask(row), row_outcome(row, self._tasks_of(row, values))) for row in rows)
 
     # --- everything else ------------------------------------------------------------------------
 
@@ -223,6 +233,10 @@ class EvaluationStore:
             lambda connection: connection.execute(query).mappings().all(), writes=False
         )
 
+    @staticmethod
+    def _tasks_of(row: RowMapping, values: Mapping[str, list[TaskValue]]) -> tuple[TaskValue, ...]:
+        return () if "asked_tokens" in row else tuple(values.get(row["strategy_key"], ()))
+
     def _ordered_rows(self, whole: Table, partial: Table) -> list[RowMapping]:
         """Return the rows of both tables by round and position."""
         rows = [
@@ -234,10 +248,15 @@ class EvaluationStore:
         return sorted(rows, key=lambda row: (row["round"], row["position"]))
 
     def _insert_by_fidelity(
-        self, whole: Table, partial: Table, rows: Sequence[dict[str, object]]
+        self,
+        whole: Table,
+        partial: Table,
+        rows: Sequence[dict[str, object]],
+        *others: tuple[Table, Sequence[dict[str, object]]],
     ) -> None:
         cheap = [row for row in rows if "asked_tokens" in row]
-        self._insert((whole, [row for row in rows if "asked_tokens" not in row]), (partial, cheap))
+        costly = [row for row in rows if "asked_tokens" not in row]
+        self._insert((whole, costly), (partial, cheap), *others)
 
     def _insert(self, *parts: tuple[Table, Sequence[dict[str, object]]]) -> None:
         """Add rows to tables in one transaction; those that are there stay as they are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unicuco.stratnet.allocator import StratNetAllocator
 from unicuco.stratnet.net import NetKind, StratNet, preference_features, size_features
-from unicuco.stratnet.train import TrainOptions, train_on_sizes
+from unicuco.stratnet.train import TrainOptions, train_on_sizes, train_on_tasks
 
 __all__ = [
     "NetKind",
@@ -14,4 +14,5 @@ __all__ = [
     "preference_features",
     "size_features",
     "train_on_sizes",
+    "train_on_tasks",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unicuco.space import StrategySpace
 from unicuco.stratnet.net import NetKind, StratNet, preference_features
-from unicuco.stratnet.train import size_answers
+from unicuco.stratnet.train import size_answers, task_answers
 from unicuco.types import Strategy
 
 _NUM_PREFERENCES: Final = 257
@@ -40,8 +40,17 @@ class StratNetAllocator:
             self.units(torch.tensor(sparsities, dtype=torch.float64)), budgets
         )
 
-    def units(self, sparsities: Tensor) -> Tensor:
-        """Return the ``b x d`` relaxed answers to ``b`` sparsities, on their budgets."""
+    def units(self, sparsities: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the ``b x d`` relaxed answers to ``b`` sparsities, on their budgets.
+
+        ``weights`` are ``b x k`` task weights where the network knows tasks; none: all equally.
+        """
+        tasks = self._net.num_tasks
+        if tasks:
+            even = torch.full((len(sparsities), tasks), 1 / tasks, dtype=torch.float64)
+            return task_answers(
+                self._net, self._space, sparsities, even if weights is None else weights
+            )
         if self._own_sparsity is None:
             return size_answers(self._net, self._space, sparsities)
         index = torch.searchsorted(self._own_sparsity, sparsities).clamp(1, _NUM_PREFERENCES - 1)

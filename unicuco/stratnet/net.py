@@ -41,6 +41,11 @@ def size_features(sparsity: Tensor) -> Tensor:
     return torch.stack([4 * s - 2, 4 * s.square() - 1.3, torch.log1p(-s) + 1], dim=-1)
 
 
+def task_features(sparsity: Tensor, weights: Tensor) -> Tensor:
+    """Encode ``b`` sparsities and their ``b x k`` task weights as ``b x (3 + k)`` features."""
+    return torch.cat([size_features(sparsity), 2 * weights.float() - 1], dim=-1)
+
+
 def preference_features(preference: Tensor) -> Tensor:
     """Encode ``b`` preferences for size in [0, 1] as the ``b x 2`` weights (size, quality)."""
     p = preference.float().clamp(0, 1)
@@ -54,14 +59,16 @@ class StratNet(nn.Module):
         kind: what it sees.
         num_axes: d.
         seed: of the initial weights.
+        num_tasks: of a size network that also sees a weighting of several tasks; else 0.
     """
 
-    def __init__(self, kind: NetKind, num_axes: int, *, seed: int) -> None:
+    def __init__(self, kind: NetKind, num_axes: int, *, seed: int, num_tasks: int = 0) -> None:
         super().__init__()
         self.kind = kind
+        self.num_tasks = num_tasks
         hidden = _HIDDEN[kind]
         self.layers = nn.Sequential(
-            nn.Linear(_NUM_FEATURES[kind], hidden), nn.SiLU(),
+            nn.Linear(_NUM_FEATURES[kind] + num_tasks, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU(),
             nn.Linear(hidden, num_axes),
         )  # fmt: skip

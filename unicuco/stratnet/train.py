@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from unicuco.space import StrategySpace
-from unicuco.stratnet.net import StratNet, size_features
+from unicuco.stratnet.net import StratNet, size_features, task_features
 
 Judge = Callable[[Tensor], Tensor]  # ``b x d`` unit points -> ``b`` costs to lower
+# ``b x d`` unit points, ``b x k`` task weights -> ``b`` costs to lower
+WeightedJudge = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,59 @@ def train_on_sizes(
         options: steps, batch and rate.
         seed: draws the targets.
     """
+    return _train(
+        net,
+        sparsity_range,
+        options,
+        lambda targets, _: judge(size_answers(net, space, targets)).mean(),
+        seed=seed,
+    )
+
+
+def train_on_tasks(
+    net: StratNet,
+    space: StrategySpace,
+    judge: WeightedJudge,
+    sparsity_range: tuple[float, float],
+    options: TrainOptions,
+    *,
+    num_tasks: int,
+    seed: int,
+) -> list[float]:
+    """Do what `train_on_sizes` does for a network of several tasks, on random weightings.
+
+    Weightings are even on the simplex; every fourth is a single task's.
+    """
+
+    def loss(targets: Tensor, generator: torch.Generator) -> Tensor:
+        weights = draw_weightings(len(targets), num_tasks, generator)
+        return judge(task_answers(net, space, targets, weights), weights).mean()
+
+    return _train(net, sparsity_range, options, loss, seed=seed)
+
+
+def draw_weightings(count: int, num_tasks: int, generator: torch.Generator) -> Tensor:
+    """Return ``count x k`` float64 weightings, every fourth a corner, the rest evenly drawn."""
+    # Exponential draws over their sum are Dirichlet(1, ..., 1), even on the simplex.
+    draws = (
+        -torch.rand(count, num_tasks, generator=generator, dtype=torch.float64)
+        .clamp(min=1e-12)
+        .log()
+    )
+    corners = torch.randint(num_tasks, (count,), generator=generator)
+    single = torch.nn.functional.one_hot(corners, num_tasks).double()
+    is_single = (torch.arange(count) % 4 == 0)[:, None]
+    return torch.where(is_single, single, draws / draws.sum(1, keepdim=True))
+
+
+def _train(
+    net: StratNet,
+    sparsity_range: tuple[float, float],
+    options: TrainOptions,
+    loss_of: Callable[[Tensor, torch.Generator], Tensor],
+    *,
+    seed: int,
+) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -59,8 +114,7 @@ def train_on_sizes(
         spread = (
             torch.arange(options.batch) + torch.rand(options.batch, generator=generator)
         ) / options.batch
-        points = size_answers(net, space, low + (high - low) * spread)
-        loss = judge(points).mean()
+        loss = loss_of(low + (high - low) * spread, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,3 +127,9 @@ def size_answers(net: StratNet, space: StrategySpace, sparsity: Tensor) -> Tenso
     """Return a size network's ``b x d`` answers to ``b`` sparsities, projected; differentiable."""
     kept = space.cost.total_params - sparsity.double() * space.cost.num_site_weights
     return space.project_logits(net.logits(size_features(sparsity)), kept)
+
+
+def task_answers(net: StratNet, space: StrategySpace, sparsity: Tensor, weights: Tensor) -> Tensor:
+    """Return a network's ``b x d`` answers to ``b`` sparsities under ``b x k`` task weights."""
+    kept = space.cost.total_params - sparsity.double() * space.cost.num_site_weights
+    return space.project_logits(net.logits(task_features(sparsity, weights)), kept)

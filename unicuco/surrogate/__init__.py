@@ -5,12 +5,24 @@ from __future__ import annotations
 from unicuco.surrogate.gp import GaussianProcess, Observations, SurrogateOptions
 from unicuco.surrogate.intervals import Intervals
 from unicuco.surrogate.mean import EPSILON, CurveMean
+from unicuco.surrogate.tasks import (
+    Forecast,
+    Surrogate,
+    TaskForecast,
+    TaskSurrogates,
+    TextForecast,
+)
 
 __all__ = [
     "EPSILON",
     "CurveMean",
+    "Forecast",
     "GaussianProcess",
     "Intervals",
     "Observations",
+    "Surrogate",
     "SurrogateOptions",
+    "TaskForecast",
+    "TaskSurrogates",
+    "TextForecast",
 ]

@@ -20,7 +20,7 @@ from sqlalchemy import select, update
 from unicuco.errors import StorageError
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.store.schema import EVALUATIONS, LEASE
-from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy
+from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy, TaskValue
 
 DIGEST = "d" * 64
 
@@ -43,6 +43,13 @@ def make_outcome(ask: Ask, kl: float = 1 / 3) -> Evaluation:
         text_digest=DIGEST,
         cost_units=3.0 if ask.derivatives else 1.0,
         wall_s=0.1,
+    )
+
+
+def _task_values(names: tuple[str, ...], derivatives: bool) -> tuple[TaskValue, ...]:
+    return tuple(
+        TaskValue(task=name, kl=k + 1 / 3, gradient=(math.pi, -k / 7) if derivatives else None)
+        for k, name in enumerate(names)
     )
 
 
@@ -92,6 +99,18 @@ class StoreContract:
         store.record_asks(asks)
         store.append(results)
         assert list(store.read()) == [results[2], results[1], results[0]]
+
+    def test_values_of_several_tasks_come_back_in_task_order(self, store: EvaluationStore) -> None:
+        asks = [make_ask(0, 0), make_ask(0, 1)]
+        names = ("z", "a")
+        results: list[tuple[Ask, Outcome]] = [
+            (ask, replace(make_outcome(ask), tasks=_task_values(names, ask.derivatives)))
+            for ask in asks
+        ]
+        store.record_asks(asks)
+        store.append(results)
+        store.append(results)
+        assert list(store.read()) == results
 
     def test_a_second_outcome_of_a_strategy_changes_nothing(self, store: EvaluationStore) -> None:
         ask = make_ask(0, 0)
