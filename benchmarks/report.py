@@ -12,7 +12,7 @@ from benchmarks.jobs import TRAINED_PER_REQUEST, kind_of
 from benchmarks.ledger import Ledger, Setting
 
 REQUESTS = (1, 8, 64, 512)
-PUBLISHED_ONE_SHOT = ("uniform", "owl", "alphapruning", "dsa", "layerif")
+PUBLISHED_ONE_SHOT = ("uniform", "owl", "alphapruning", "dsa", "layerif", "trim")
 _WHAT_COUNTS = (
     "Seconds are CPU seconds of one thread. Units are passes that prepare the model (ranks, Fisher,"
     " dense: 5, the same for all) and evaluate strategies; what a method computes besides"
