@@ -13,10 +13,11 @@ from unicuco.importance.hessian import collect_hessians
 from unicuco.importance.sparsegpt import InverseFactor, prune_with_update
 from unicuco.levels import LevelDatabase, LevelPlan, default_step
 from unicuco.models import read_site
-from unicuco.pruners import LevelPruner, RankPruner, build_levels, sparsegpt_plan
+from unicuco.pruners import LevelPruner, Pruner, RankPruner, build_levels, sparsegpt_plan
 from unicuco.ranks import keep_mask
 from unicuco.rows import RowRule
 from unicuco.testing.cases import EvaluationCase
+from unicuco.testing.pruner import PrunerContract
 from unicuco.types import Site
 
 
@@ -64,17 +65,28 @@ def test_a_level_is_what_sparsegpt_makes_of_the_dense_model(
         assert torch.equal(database.read(site, count), expected)
 
 
-def test_any_count_is_met_exactly_by_either_pruner(
+class TestRankPruner(PrunerContract):
+    @pytest.fixture
+    def pruner(self, case: EvaluationCase) -> Pruner:
+        return RankPruner(_weights(case), case.ranks)
+
+
+class TestLevelPruner(PrunerContract):
+    @pytest.fixture
+    def pruner(self, case: EvaluationCase, database: LevelDatabase) -> Pruner:
+        return LevelPruner(database, _weights(case))
+
+
+def test_between_two_levels_the_lower_one_loses_its_smallest_weights(
     case: EvaluationCase, database: LevelDatabase
 ) -> None:
-    weights = _weights(case)
-    site = case.loaded.profile.sites[2]
-    for pruner in (RankPruner(weights, case.ranks), LevelPruner(database, weights)):
-        for count in (0, 1, database.plan.step, database.plan.step + 3, site.num_weights):
-            assert int((pruner.materialise(site, count) == 0).sum()) == count
-        assert torch.equal(pruner.materialise(site, 0), weights[site.path])
-        with pytest.raises(ValueError, match="num_dropped must be in"):
-            pruner.materialise(site, site.num_weights + 1)
+    site, step = case.loaded.profile.sites[5], database.plan.step
+    level = database.read(site, 2 * step)
+    between = LevelPruner(database, _weights(case)).materialise(site, 2 * step + 5)
+    changed = level[(between != level)]
+    kept = level[(between == level) & (level != 0)]
+    assert len(changed) == 5
+    assert float(changed.abs().max()) <= float(kept.abs().min())
 
 
 def test_the_rank_pruner_follows_a_row_rule(case: EvaluationCase) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from scipy.signal import savgol_filter
 from torch import Tensor
 
 from unicuco.allocate.base import AllocationContext
@@ -158,6 +157,8 @@ def smoothed(scores: Tensor) -> Tensor:
 
     The filter's window of 7 and order of 3 shrink for models of fewer blocks.
     """
+    from scipy.signal import savgol_filter  # half a second that every command would pay
+
     window = min(_WINDOW, len(scores) - 1 + len(scores) % 2)
     level = min_max(scores.abs())
     filtered = savgol_filter(level.numpy(), window, min(_ORDER, window - 1))

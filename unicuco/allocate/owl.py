@@ -51,6 +51,21 @@ class OWL:
         blocks = recentred(min_max(self.outliers), weights, sparsities, 2 * self._width)
         return block_strategies(self._space, self._evidence, sparsities, blocks)
 
+    def n_of_m(self, n: int, m: int) -> tuple[int, ...]:
+        """Return how many of every m weights each block keeps, n on average over blocks.
+
+        As released, ratios spread over λ instead of 2λ and become whole numbers; here by largest
+        remainder, so that their sum is n for every block.
+        """
+        if not 0 < n < m:
+            raise ValueError(f"n must be in (0, {m}), got {n}")
+        level = min_max(self.outliers) * self._width
+        exact = (n + m * (level - level.mean())).clamp(0, m)
+        kept = exact.floor()
+        order = (kept - exact).argsort(stable=True)
+        kept[order[: n * len(kept) - int(kept.sum())]] += 1
+        return tuple(int(count) for count in kept)
+
 
 def outlier_shares(evidence: Evidence, factor: float) -> Tensor:
     """Return D, ``l`` float64: the share of a block's Wanda scores above factor · their mean."""

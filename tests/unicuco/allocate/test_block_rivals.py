@@ -48,6 +48,16 @@ def test_owl_keeps_more_where_outliers_are_and_spreads_over_two_lambda() -> None
     assert float(kept.mean()) == pytest.approx(0.4, abs=1e-4)
 
 
+def test_owl_for_groups_keeps_n_of_m_on_average_and_more_where_outliers_are() -> None:
+    owl = OWL(planted_case().context, width=1.5 / 8)
+    kept = owl.n_of_m(4, 8)
+    assert sum(kept) == 4 * len(kept)
+    assert kept[0] == max(kept) > 4  # the sensitive block
+    assert OWL(planted_case().context, width=0.0).n_of_m(2, 4) == (2,) * len(kept)
+    with pytest.raises(ValueError, match="n must be in"):
+        owl.n_of_m(4, 4)
+
+
 def test_equal_outliers_give_uniform() -> None:
     assert min_max(torch.full((4,), 0.3, dtype=torch.float64)).tolist() == [0.5] * 4
     weights = torch.ones(4, dtype=torch.float64)
