@@ -139,7 +139,7 @@ class Lua:
         self._evidence = context.require_evidence(self.name)
         self._options = options or LuaOptions()
         self._learned: dict[float, LuaThresholds] = {}
-        self._target_of: dict[str, float] = {}  # by the key of every strategy that was allocated
+        self._targets: dict[str, float] = {}
 
     def allocate(self, sparsities: Sequence[float]) -> list[Strategy]:
         """Return one strategy per sparsity, row thresholds left to `row_rule`.
@@ -151,13 +151,19 @@ class Lua:
         check_reachable(self._space, sparsities)
         fractions = [self._site_sparsities(sparsity) for sparsity in sparsities]
         strategies = site_strategies(self._space, self._evidence, sparsities, fractions)
-        keys = (strategy.key for strategy in strategies)
-        self._target_of |= dict(zip(keys, sparsities, strict=True))
+        for strategy, sparsity in zip(strategies, sparsities, strict=True):
+            self._targets[strategy.key] = sparsity
         return strategies
 
     def row_rule(self, strategy: Strategy) -> RowRule:
-        """Return how every site of an allocated strategy spreads its drops over its rows."""
-        return RowRule.from_counts(self._row_counts(self._target_of[strategy.key]))
+        """Return how every site of one of its own strategies spreads its drops over its rows.
+
+        Raises:
+            ValueError: the strategy is none that this allocator answered.
+        """
+        if strategy.key not in self._targets:
+            raise ValueError(f"strategy {strategy.key[:12]} is none of this allocator's own")
+        return RowRule.from_counts(self._row_counts(self._targets[strategy.key]))
 
     def thresholds(self, sparsity: float) -> LuaThresholds:
         """Return what is learned for a target, learning it at the first call."""

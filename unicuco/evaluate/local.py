@@ -52,10 +52,10 @@ class EvaluatorConfig:
     """What an evaluator needs besides its arrays; small, and the same on every node.
 
     ``model_config`` is the model's configuration as JSON; ``threads`` are torch threads (0: leave
-    as they are). ``levels`` is the folder of a level database that sites are taken from instead of
-    being cut by the rank store; such evaluators know no derivatives and no row rules. ``tasks`` are
-    the texts, of equally many windows each, that the search text is made of, where there are
-    several.
+    as they are). ``tasks`` are the texts, of equally many windows each, that the search text is
+    made of, where there are several. ``levels`` is the folder of a level database that sites are
+    taken from instead of being cut by the rank store; such evaluators know no derivatives and no
+    row rules.
     """
 
     model_config: str
@@ -64,8 +64,8 @@ class EvaluatorConfig:
     granularity: Granularity
     text_digest: str
     threads: int = 0
-    levels: str = ""
     tasks: tuple[str, ...] = ()
+    levels: str = ""
 
 
 class LocalEvaluator:

@@ -136,7 +136,7 @@ def test_the_gap_between_soft_and_rounded_masks_is_reported(lua: Lua) -> None:
 def test_the_row_rule_spreads_exactly_the_counts_of_the_strategy(
     lua: Lua, trained: EvaluationCase
 ) -> None:
-    strategy = lua.allocate([SPARSITY])[0]
+    (strategy,) = lua.allocate([SPARSITY])
     drops = trained.space.cost.site_drops(strategy.values)
     rule = lua.row_rule(strategy)
     columns = {site.path: site.num_columns for site in trained.loaded.profile.sites}
@@ -147,6 +147,11 @@ def test_the_row_rule_spreads_exactly_the_counts_of_the_strategy(
         own = learned[site.path]
         same = row_counts(site.num_rows, site.num_columns, int(own.sum()), rule.of(site.path))
         assert torch.equal(same, own)
+
+
+def test_rows_of_strategies_of_others_are_refused(lua: Lua, trained: EvaluationCase) -> None:
+    with pytest.raises(ValueError, match="none of this allocator's own"):
+        lua.row_rule(trained.space.uniform(0.123))
 
 
 def test_thresholds_are_saved_and_read_back(lua: Lua, tmp_path: Path) -> None:
