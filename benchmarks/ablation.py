@@ -20,7 +20,7 @@ from unicuco.allocate import ALLOCATORS
 from unicuco.search import SearchConfig, build_search, learn_network
 from unicuco.search.hypervolume import hypervolume
 from unicuco.stratnet import StratNetAllocator
-from unicuco.surrogate import EPSILON, GaussianProcess, SurrogateOptions
+from unicuco.surrogate import EPSILON, Surrogate, SurrogateOptions
 from unicuco.types import Evaluation, Strategy
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
@@ -53,7 +53,7 @@ def run_search(bench: Bench, config: SearchConfig, units: float) -> Evaluated:
 
 def learned(
     bench: Bench, config: SearchConfig, evaluated: Evaluated
-) -> tuple[GaussianProcess, StratNetAllocator]:
+) -> tuple[Surrogate, StratNetAllocator]:
     """Learn surrogate and network as a run does at its end."""
     config = replace(config, training=replace(config.training, steps=400))
     surrogate, net = learn_network(config, evaluated, seed=config.seed)
@@ -61,7 +61,7 @@ def learned(
 
 
 def optimise_directly(
-    bench: Bench, surrogate: GaussianProcess, sparsities: Sequence[float]
+    bench: Bench, surrogate: Surrogate, sparsities: Sequence[float]
 ) -> list[Strategy]:
     """Minimise the surrogate for every target on its own, without a network."""
     kept = torch.tensor([bench.space.kept_for_sparsity(s) for s in sparsities]).double()

@@ -11,12 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Final
 
-from benchmarks import acceptance_allocators, acceptance_pruners, acceptance_reference
+from benchmarks import (
+    acceptance_allocators,
+    acceptance_pruners,
+    acceptance_reference,
+    acceptance_searches,
+)
 from benchmarks.common import Finding, save, table
 
 PARTS: Final[dict[str, Callable[[], list[Finding]]]] = {
     "pruners": acceptance_pruners.findings,
     "allocators": acceptance_allocators.findings,
+    "searches": acceptance_searches.findings,
     "reference": acceptance_reference.findings,
 }
 

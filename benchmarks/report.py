@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import table
-from benchmarks.jobs import kind_of
+from benchmarks.jobs import TRAINED_PER_REQUEST, kind_of
 from benchmarks.ledger import Ledger, Setting
 
 REQUESTS = (1, 8, 64, 512)
-PUBLISHED_ONE_SHOT = ("uniform", "owl", "alphapruning", "dsa", "layerif")
+PUBLISHED_ONE_SHOT = ("uniform", "owl", "alphapruning", "dsa", "layerif", "trim")
+_WHAT_COUNTS = (
+    "Seconds are CPU seconds of one thread. Units are passes that prepare the model (ranks, Fisher,"
+    " dense: 5, the same for all) and evaluate strategies; what a method computes besides"
+    " (influence, training) is in its seconds."
+)
 _COLORS = ("#0b6bcb", "#6b7280", "#d97706", "#059669", "#be185d", "#7c3aed", "#b45309", "#0e7490")
 _MARKERS = "osD^vP*X"
 
@@ -93,7 +98,7 @@ def report(setting: Setting, names: Sequence[str]) -> None:
     text = "\n\n".join(
         [
             f"Model {setting.tag.rsplit('-', 1)[0]}, {setting.tokens:,} search tokens,"
-            f" {setting.test_tokens:,} test tokens. Seconds are CPU seconds of one thread.",
+            f" {setting.test_tokens:,} test tokens. {_WHAT_COUNTS}",
             quality_table(methods, sparsities),
             cost_table(methods),
             claims(methods, sparsities),
@@ -132,7 +137,7 @@ def cost_table(methods: dict[str, Method]) -> str:
             method.kind,
             f"{method.once_units:.0f}",
             f"{method.once_s:.1f}",
-            f"{method.request_units:.0f}",
+            "trains" if method.name in TRAINED_PER_REQUEST else f"{method.request_units:.0f}",
             f"{method.request_s:.4f}",
             *(f"{method.total_s(n):,.1f}" for n in REQUESTS),
         ]
@@ -230,5 +235,6 @@ def plot_curves(path: Path, methods: dict[str, Method], sparsities: Sequence[flo
         axes.set(xscale="log", title=f"sparsity {sparsity:g}", xlabel="units for this request")
         axes.set_ylabel("best KL so far on the search text")
         axes.grid(visible=True, color="#e5e7eb")
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.tune_optspa import tune_optspa
 from unicuco.dimensions import Granularity
 from unicuco.errors import ClusterError
+from unicuco.evaluate import LocalEvaluator
 from unicuco.search.request import RequestConfig, axis_blocks
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
 from unicuco.testing.tiny import tiny_model_folder
+from unicuco.types import Evaluation, Strategy
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow]
 
@@ -47,6 +55,59 @@ def test_the_language_tower_of_a_multimodal_model_is_tuned_and_goes_on_where_it_
     assert report.best_so_far == sorted(report.best_so_far, reverse=True)
     again = tune_optspa(llava.config, llava.arrays, request, folder, trials=6)
     assert sorted(again.trials) == sorted(report.trials), "nothing is judged again"
+
+
+class Slow(LocalEvaluator):
+    """An evaluator that takes long enough to be killed, and notes every evaluation in a file."""
+
+    def evaluate(self, strategy: Strategy, **options: Any) -> Evaluation:
+        time.sleep(0.3)
+        with open(os.environ[_NOTES], "a") as notes:
+            notes.write(strategy.key + "\n")
+        return super().evaluate(strategy, **options)
+
+
+_NOTES = "UNICUCO_TEST_NOTES"
+_DRIVER = """
+import sys
+from pathlib import Path
+from cluster.local_ray import local_ray
+from cluster.tune_optspa import tune_optspa
+from tests.cluster.test_tune_optspa import Slow, request_to
+from unicuco.testing.cases import make_evaluation_case
+case = make_evaluation_case(Path(sys.argv[1]))
+with local_ray(array_bytes=64 * 2**20):
+    report = tune_optspa(
+        case.config, case.arrays, request_to(case), Path(sys.argv[2]), trials=10,
+        build_evaluator=Slow,
+    )
+    print(len(report.trials), len({key for key, _ in report.trials}))
+"""
+
+
+def test_a_killed_experiment_goes_on_and_what_was_finished_is_not_judged_again(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    notes, folder = tmp_path / "notes", tmp_path / "experiment"
+    notes.touch()
+    words = [sys.executable, "-c", _DRIVER, str(tiny_llama), str(folder)]
+    environment = os.environ | {
+        _NOTES: str(notes),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TUNE_GLOBAL_CHECKPOINT_S": "0",
+    }
+    first = subprocess.Popen(words, env=environment, start_new_session=True)
+    while len(notes.read_text().splitlines()) < 5:
+        assert first.poll() is None
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trials, different = map(int, done.stdout.split()[-2:])
+    assert trials == 10
+    # What was in flight when the driver died may run twice.
+    assert different <= len(notes.read_text().splitlines()) <= 10 + 4
 
 
 def test_trials_that_all_fail_are_one_line(case: EvaluationCase, tmp_path: Path) -> None:

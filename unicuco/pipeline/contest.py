@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from unicuco.allocate import ALLOCATORS, RowAllocator
+from unicuco.allocate import ALLOCATORS, Allocator, RowAllocator
 from unicuco.errors import RunError, UnicucoError
 from unicuco.pipeline.options import ProgressSink
 from unicuco.pipeline.preparation import Prepared, allocation_context
@@ -73,11 +73,17 @@ class Contest:
         self._seed = seed
         self._progress = progress
         self._context = allocation_context(prepared)
+        self._allocators: dict[str, Allocator] = {}
 
     def one_shot(self, name: str, sparsities: Sequence[float]) -> list[Answer]:
-        """Ask an allocator of `ALLOCATORS`; its seconds are shared evenly by the requests."""
+        """Ask an allocator of `ALLOCATORS`; its seconds are shared evenly by the requests.
+
+        An allocator is made once: what it looked at counts into the first requests' seconds only.
+        """
         started = time.perf_counter()
-        allocator = ALLOCATORS[name](self._context)
+        if name not in self._allocators:
+            self._allocators[name] = ALLOCATORS[name](self._context)
+        allocator = self._allocators[name]
         strategies = allocator.allocate(sparsities)
         rules = [
             allocator.row_rule(strategy) if isinstance(allocator, RowAllocator) else None
