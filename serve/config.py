@@ -46,7 +46,7 @@ class StrategyOptions:
     num_cpus: float = 0.1
     max_replicas: int = 2
     max_batch: int = 64
-    batch_wait_s: float = 0.003
+    batch_wait_s: float = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
