@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import acceptance, quality, speed
+from benchmarks import acceptance, quality, serve, speed
 
 
 def main() -> None:
@@ -10,6 +10,7 @@ def main() -> None:
     acceptance.main([])
     quality.main([])
     speed.main([])
+    serve.main([])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,18 @@ from typing import Annotated
 
 import typer
 
-from unicuco.cli import compare, compress, doctor, evaluate, front, generate, learn, plan, prune
+from unicuco.cli import (
+    compare,
+    compress,
+    doctor,
+    evaluate,
+    front,
+    generate,
+    learn,
+    plan,
+    prune,
+    serve,
+)
 from unicuco.cli.failure import describe_failure
 from unicuco.cli.terminal import Invocation
 
@@ -31,6 +42,7 @@ app.command()(evaluate.evaluate)
 app.command()(compare.compare)
 app.command()(front.front)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(doctor.doctor)
 
 

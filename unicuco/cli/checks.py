@@ -28,6 +28,7 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "evaluate": ("python", "torch", "torchvision", "transformers", "memory"),
     "compare": (*_CORE, "ray"),
     "front": ("python", "torch", "torchvision", "gpytorch"),
+    "serve": ("python", "torch", "torchvision", "transformers", "gpytorch", "ray", "disk"),
     "generate": ("python", "torch", "torchvision", "transformers", "vllm", "memory"),
 }
 

@@ -30,6 +30,7 @@ def test_only_commands_that_work_are_offered(unicuco) -> None:
     names = {command.callback.__name__ for command in app.registered_commands}
     assert names == {
         "compare", "compress", "doctor", "evaluate", "front", "generate", "learn", "plan", "prune",
+        "serve",
     }  # fmt: skip
     for name in NOT_THERE_YET:
         assert unicuco(name).code == 2

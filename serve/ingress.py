@@ -1,0 +1,44 @@
+"""The deployment that speaks HTTP. It only puts the parts together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve.catalogue import Catalogue
+from serve.config import ServeConfig
+from serve.handles import Handle
+
+
+class Ingress:
+    """One replica of the ingress.
+
+    Args:
+        config: of the service.
+        handles: deployment name -> handle: ``strategies``, ``pruning`` and, if there, ``models``.
+    """
+
+    def __init__(self, config: ServeConfig, handles: dict[str, Handle]) -> None:
+        from serve.metrics import Metrics
+        from serve.planning import Planning
+        from serve.service import Service
+        from unicuco.store import JobStore
+
+        catalogue = Catalogue(config)
+        catalogue.make_folders()
+        self._service = Service(
+            config=config,
+            catalogue=catalogue,
+            jobs=JobStore.open(config.jobs_location),
+            metrics=Metrics(),
+            planning=Planning(handles["strategies"], max_waiting=config.bounds.max_in_flight),
+            strategies=handles["strategies"],
+            pruning=handles["pruning"],
+            models=handles.get("models"),
+        )
+
+    # Any: an ASGI application, as Ray Serve asks for it after construction.
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return the application."""
+        from serve.api import build_api
+
+        return build_api(self._service)

@@ -1,0 +1,16 @@
+"""One router per topic; `serve.api` includes all of `ROUTERS`."""
+
+from fastapi import APIRouter
+
+from serve.routes import completions, jobs, models, page, strategies, system
+
+ROUTERS: tuple[APIRouter, ...] = (
+    strategies.router,
+    jobs.router,
+    models.router,
+    completions.router,
+    page.router,
+    system.router,
+)
+
+__all__ = ["ROUTERS"]
