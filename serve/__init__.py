@@ -1,4 +1,5 @@
-"""The HTTP service on Ray Serve will live here.
+"""The HTTP service on Ray Serve: strategies, compression jobs and variants behind one ingress.
 
-It is not there yet: this package holds no code, and the command line does not offer `serve`.
+`serve.app.build_app` binds the deployments; `serve.app.run_app` runs them until the process is told
+to stop. What this package does not know: how a run is learned.
 """

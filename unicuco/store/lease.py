@@ -56,7 +56,7 @@ def take(connection: Connection, holder: Holder, name: str) -> int:
     Raises:
         StorageError: a live driver holds it; the line says who, and until when.
     """
-    now = _now(connection)
+    now = clock(connection)
     row = (
         connection.execute(select(LEASE).where(LEASE.c.name == _NAME).with_for_update())
         .mappings()
@@ -89,7 +89,7 @@ def renew(connection: Connection, token: int) -> bool:
     renewed = connection.execute(
         update(LEASE)
         .where(LEASE.c.name == _NAME, LEASE.c.token == token)
-        .values(expires_at=_now(connection) + LEASE_S)
+        .values(expires_at=clock(connection) + LEASE_S)
     )
     return renewed.rowcount == 1
 
@@ -117,11 +117,12 @@ def check_may_write(connection: Connection, token: int | None, name: str) -> Non
     seen = Holder(**{field: row[field] for field in ("owner", "host", "pid", "process_mark")})
     if token is not None:
         raise StorageError(f"{name} was taken over by {seen}: this driver stops writing")
-    if row["expires_at"] > _now(connection) and not seen.is_gone():
+    if row["expires_at"] > clock(connection) and not seen.is_gone():
         raise StorageError(f"{name} is in use by {seen}: wait for it or stop it")
 
 
-def _now(connection: Connection) -> float:
+def clock(connection: Connection) -> float:
+    """Return the seconds since 1970 by the clock that all who use the database share."""
     # Drivers on several hosts share a server's clock; those of an SQLite file share a host's.
     if connection.dialect.name == "postgresql":
         return float(

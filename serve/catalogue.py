@@ -1,0 +1,163 @@
+"""Which runs and variants there are, and where: ids in, folders out, nothing outside one root.
+
+A variant's id is ``RUN_ID:suffix`` and its folder ``DATA/variants/RUN_ID/suffix``; it is there when
+its ``strategy.json`` is, which a folder gets by one rename of a finished one. What this module does
+not know: jobs, weights, Ray.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from serve.config import RUN_ID, SUFFIX, ServeConfig
+from unicuco.errors import StorageError, VariantError
+from unicuco.export import VariantDocument, read_variant
+from unicuco.export.document import DOCUMENT_NAME
+
+_TRASH: Final = ".trash-"
+
+
+class UnknownModelError(VariantError):
+    """An id that no run and no variant has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelId:
+    """A run (``suffix`` none) or a variant of it."""
+
+    run: str
+    suffix: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelId:
+        """Read ``RUN_ID`` or ``RUN_ID:suffix``.
+
+        Raises:
+            UnknownModelError: it matches neither pattern, so nothing can have that name.
+        """
+        run, colon, suffix = text.partition(":")
+        if not RUN_ID.fullmatch(run) or (colon and not SUFFIX.fullmatch(suffix)):
+            raise UnknownModelError(f"no model is called {text[:120]!r}")
+        return cls(run=run, suffix=suffix if colon else None)
+
+    def __str__(self) -> str:
+        return self.run if self.suffix is None else f"{self.run}:{self.suffix}"
+
+
+class Catalogue:
+    """The runs and variants of one service.
+
+    Args:
+        config: of the service; ``config.data`` need not exist yet.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._runs = {run_id: Path(folder) for run_id, folder in config.runs}
+        self._root = Path(config.data) / "variants"
+        self._staging = Path(config.data) / "staging"
+
+    def make_folders(self) -> None:
+        """Make the folders that variants go through and to.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            self._staging.mkdir(parents=True, exist_ok=True)
+            for run_id in self._runs:
+                (self._root / run_id).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self._root} can't be made: {error.strerror}") from error
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """Ids of the runs, in the order they were given."""
+        return tuple(self._runs)
+
+    def run_folder(self, run_id: str) -> Path:
+        """Return a run's folder.
+
+        Raises:
+            UnknownModelError: no run has that id.
+        """
+        try:
+            return self._runs[run_id]
+        except KeyError:
+            raise UnknownModelError(f"no run is called {run_id[:120]!r}") from None
+
+    def variant_folder(self, variant: ModelId) -> Path:
+        """Return the folder of a variant that is there.
+
+        Raises:
+            UnknownModelError: it is not there, or is not inside the one root.
+        """
+        folder = self.place(variant)
+        is_inside = folder.resolve() == folder.parent.resolve() / folder.name
+        is_rooted = folder.parent.resolve() == self._root.resolve() / folder.parent.name
+        if not (is_inside and is_rooted and (folder / DOCUMENT_NAME).is_file()):
+            raise UnknownModelError(f"no variant is called {str(variant)!r}")
+        return folder
+
+    def place(self, variant: ModelId) -> Path:
+        """Return where a variant is, or will be, published.
+
+        Raises:
+            UnknownModelError: its run is not served here, or it is a run itself.
+        """
+        self.run_folder(variant.run)
+        if variant.suffix is None:
+            raise UnknownModelError(f"{str(variant)!r} is a run, not a variant")
+        return self._root / variant.run / variant.suffix
+
+    def staging_place(self, name: str) -> Path:
+        """Return where a variant that nobody may see yet is written."""
+        return self._staging / name
+
+    def variants(self) -> Iterator[ModelId]:
+        """Return every variant that is there, by run and suffix."""
+        for run_id in self._runs:
+            folder = self._root / run_id
+            names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+            for name in names:
+                variant = ModelId(run=run_id, suffix=name)
+                if SUFFIX.fullmatch(name) and self.has(variant):
+                    yield variant
+
+    def has(self, variant: ModelId) -> bool:
+        """Say whether a variant is there."""
+        try:
+            self.variant_folder(variant)
+        except UnknownModelError:
+            return False
+        return True
+
+    def document(self, variant: ModelId) -> VariantDocument:
+        """Return what a variant's ``strategy.json`` says.
+
+        Raises:
+            UnknownModelError: it is not there.
+            VariantError: it is damaged.
+        """
+        return read_variant(self.variant_folder(variant), verify=False)
+
+    def remove(self, variant: ModelId) -> None:
+        """Take a variant away: unlisted by one rename, then deleted.
+
+        Raises:
+            UnknownModelError: it is not there.
+            StorageError: the disk refused.
+        """
+        folder = self.variant_folder(variant)
+        trash = self._staging / f"{_TRASH}{secrets.token_hex(8)}"
+        try:
+            folder.rename(trash)
+        except FileNotFoundError:
+            raise UnknownModelError(f"no variant is called {str(variant)!r}") from None
+        except OSError as error:
+            raise StorageError(f"{folder} can't be removed: {error.strerror}") from error
+        shutil.rmtree(trash, ignore_errors=True)
