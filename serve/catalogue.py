@@ -7,6 +7,7 @@ not know: jobs, weights, Ray.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -103,6 +104,14 @@ class Catalogue:
             raise UnknownModelError(f"no variant is called {str(variant)!r}")
         return folder
 
+    def folder(self, name: ModelId) -> Path:
+        """Return the folder of a run or of a variant that is there.
+
+        Raises:
+            UnknownModelError: it is not there.
+        """
+        return self.run_folder(name.run) if name.suffix is None else self.variant_folder(name)
+
     def place(self, variant: ModelId) -> Path:
         """Return where a variant is, or will be, published.
 
@@ -117,6 +126,27 @@ class Catalogue:
     def staging_place(self, name: str) -> Path:
         """Return where a variant that nobody may see yet is written."""
         return self._staging / name
+
+    def publish(self, staged: str, variant: ModelId) -> None:
+        """Put a finished variant in its place, by one rename; whoever comes second finds it there.
+
+        Raises:
+            StorageError: something else stands there, or the disk refused.
+        """
+        place = self.place(variant)
+        try:
+            self.staging_place(staged).rename(place)
+        except FileNotFoundError:  # published by another, before or just now
+            return
+        except OSError as error:
+            raise StorageError(f"{place} can't be published: {error.strerror}") from error
+        _sync(place.parent)
+
+    def clear_staging(self, prefix: str) -> None:
+        """Remove what dead writers of staging names with this prefix left behind."""
+        for path in self._staging.iterdir():
+            if path.name.lstrip(".").startswith(prefix):
+                shutil.rmtree(path, ignore_errors=True)
 
     def variants(self) -> Iterator[ModelId]:
         """Return every variant that is there, by run and suffix."""
@@ -161,3 +191,11 @@ class Catalogue:
         except OSError as error:
             raise StorageError(f"{folder} can't be removed: {error.strerror}") from error
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

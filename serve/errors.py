@@ -70,9 +70,9 @@ def envelope(status: int, code: str, message: str, param: str | None = None) -> 
     """Return the body of a failure."""
     return {
         "error": {
-            "message": _UNPRINTABLE.sub(" ", message)[:_LONGEST_MESSAGE],
+            "message": _clean(message),
             "type": error_type(status),
-            "param": param,
+            "param": None if param is None else _clean(param),
             "code": code,
         }
     }
@@ -151,6 +151,12 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     return ApiError(
         422, "invalid_request", f"{_shown(param)}: {message}" if param else message, param=param
     )
+
+
+def _clean(text: str) -> str:
+    # JSON may hold half a surrogate pair, which UTF-8 can't.
+    sound = text.encode("utf-8", "replace").decode()
+    return _UNPRINTABLE.sub(" ", sound)[:_LONGEST_MESSAGE]
 
 
 def _shown(name: object) -> str:

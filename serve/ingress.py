@@ -6,7 +6,7 @@ from typing import Any
 
 from serve.catalogue import Catalogue
 from serve.config import ServeConfig
-from serve.service import Handle, Service
+from serve.handles import Handle
 
 
 class Ingress:
@@ -18,9 +18,19 @@ class Ingress:
     """
 
     def __init__(self, config: ServeConfig, handles: dict[str, Handle]) -> None:
+        from serve.metrics import Metrics
+        from serve.planning import Planning
+        from serve.service import Service
+        from unicuco.store import JobStore
+
+        catalogue = Catalogue(config)
+        catalogue.make_folders()
         self._service = Service(
             config=config,
-            catalogue=Catalogue(config),
+            catalogue=catalogue,
+            jobs=JobStore.open(config.jobs_location),
+            metrics=Metrics(),
+            planning=Planning(handles["strategies"], max_waiting=config.bounds.max_in_flight),
             strategies=handles["strategies"],
             pruning=handles["pruning"],
             models=handles.get("models"),

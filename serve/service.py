@@ -1,19 +1,24 @@
 """What every route may use: one `Service` per ingress replica, reached through `ServiceDependency`.
 
-A router reaches a deployment by its handle: ``await service.strategies.plan.remote(…)``. A full
-queue of a deployment becomes 503 with ``Retry-After`` in the ingress, wherever it is raised.
+A router reaches a deployment by its handle: ``await service.models.METHOD.remote(…)``. A full queue
+or a lost replica becomes 503 with ``Retry-After`` in `serve.api`, wherever it is raised.
 """
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
 from serve.catalogue import Catalogue
 from serve.config import ServeConfig
+from serve.handles import Handle
+from serve.metrics import Metrics
+from serve.planning import Planning
+from unicuco.store import JobStore
 
-# Any: Ray's handle types lose what class the deployment is of.
-Handle = Any
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -25,9 +30,17 @@ class Service:
 
     config: ServeConfig
     catalogue: Catalogue
+    jobs: JobStore
+    metrics: Metrics
+    planning: Planning
     strategies: Handle
     pruning: Handle
     models: Handle | None
+    num_streams: int = 0
+
+    async def store(self, work: Callable[[JobStore], T]) -> T:
+        """Do something with the jobs' database without holding up other requests."""
+        return await asyncio.to_thread(work, self.jobs)
 
 
 def service_of(request: Request) -> Service:

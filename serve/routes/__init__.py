@@ -2,9 +2,12 @@
 
 from fastapi import APIRouter
 
-from serve.routes import completions, page, system
+from serve.routes import completions, jobs, models, page, strategies, system
 
 ROUTERS: tuple[APIRouter, ...] = (
+    strategies.router,
+    jobs.router,
+    models.router,
     completions.router,
     page.router,
     system.router,
