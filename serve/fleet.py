@@ -81,10 +81,11 @@ class _Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """What one engine does now: ``digest`` of what it serves, or none."""
+    """What one engine does now: ``digest`` of what it serves, or none; ``pid`` of its process."""
 
     digest: str | None
     running: int
+    pid: int | None
 
 
 class Fleet:
@@ -132,9 +133,11 @@ class Fleet:
         """What every engine does now."""
         return [
             EngineStatus(
-                digest=self._scheduler.variant_of(number), running=self._scheduler.load_of(number)
+                digest=self._scheduler.variant_of(number),
+                running=self._scheduler.load_of(number),
+                pid=engine.pid,
             )
-            for number in range(len(self._engines))
+            for number, engine in enumerate(self._engines)
         ]
 
     @property

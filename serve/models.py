@@ -23,7 +23,7 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -176,8 +176,7 @@ class Models:
     async def status(self) -> dict[str, Any]:  # Any: JSON
         """Return what the engines do now."""
         fleet = self._started()
-        engines = [{"serves": s.digest, "running": s.running} for s in fleet.status]
-        return {"engines": engines, "queued": fleet.num_queued}
+        return {"engines": [asdict(s) for s in fleet.status], "queued": fleet.num_queued}
 
     async def talk(self, call: TalkCall) -> AsyncGenerator[TalkEvent, None]:
         """Yield `Began`, then what is said, piece by piece, or `Failed` at any place."""

@@ -85,14 +85,15 @@ class Texts:
             RequestError: the model's template does not take this conversation.
         """
         if not self._tokenizer.chat_template:
-            text, stop = plain_chat(messages)
-            return Written(tokens=self.write(text).tokens, stop=stop)
+            plain, stop = plain_chat(messages)
+            return Written(tokens=self.write(plain).tokens, stop=stop)
         spoken = [{"role": message.role, "content": message.content} for message in messages]
         try:
             # In a sandbox of transformers' own: the template came with the model.
             text = self._tokenizer.apply_chat_template(
                 spoken, tokenize=False, add_generation_prompt=True
             )
+            assert isinstance(text, str)
         except TemplateError as error:
             reason = " ".join(str(error).split())[:200]
             raise RequestError(f"the model's chat template refuses messages: {reason}") from None

@@ -89,6 +89,11 @@ class StreamingEngine(Protocol):
         """Whether something is loaded and its process runs."""
         ...
 
+    @property
+    def pid(self) -> int | None:
+        """The id of its process, none without one."""
+        ...
+
     async def serve(self, folder: Path) -> Checked:
         """Serve a folder: switched to in place where shapes allow it, else loaded anew.
 

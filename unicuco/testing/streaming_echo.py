@@ -49,6 +49,11 @@ class StreamingEcho:
         """Whether something is loaded."""
         return self._folder is not None
 
+    @property
+    def pid(self) -> int | None:
+        """None: it has no process."""
+        return None
+
     def kill(self) -> None:
         """End as a process that is killed: every stream fails."""
         self._folder = None
