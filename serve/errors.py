@@ -21,6 +21,7 @@ from unicuco.errors import (
 )
 
 _LONGEST_MESSAGE: Final = 500
+_UNPARSED: Final = "There was an error parsing the body"  # FastAPI's words, e.g. for deep nesting
 _UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f]+")
 
 
@@ -131,6 +132,10 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400 and error.detail == _UNPARSED:
+            return response(ApiError(400, "invalid_json", "the body is no JSON that can be read"))
+        if error.status_code == 413:
+            return response(ApiError(413, "body_too_large", str(error.detail)))
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         message = f"{error.detail}: {request.method} {_shown(request.url.path)}"
         return response(ApiError(error.status_code, code, message, headers=error.headers))

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
+from fastapi import HTTPException
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -82,7 +84,8 @@ class Gate:
             message = await receive()
             passage.num_body_bytes += len(message.get("body", b""))
             if passage.num_body_bytes > self._bounds.max_body_bytes:
-                raise self._too_large()
+                # FastAPI takes any other exception from here for a body that can't be parsed.
+                raise HTTPException(413, self._too_large().message)
             return message
 
         try:
@@ -100,7 +103,7 @@ class Gate:
             await response(failure)(scope, receive, send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        if scope["path"] not in _OPEN:
+        if get_route_path(scope) not in _OPEN:
             self._check_caller(scope, headers)
         if self._in_flight > self._bounds.max_in_flight:
             raise overloaded(f"{self._bounds.max_in_flight} requests are being answered")

@@ -82,8 +82,8 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
     """Return a page; `has_more` says whether another follows."""
-    cursor = None if after is None else _checked(after)
     try:
+        cursor = None if after is None else _checked(after)
         found = await service.store(lambda jobs: jobs.page(after=cursor, limit=limit + 1))
     except UnknownJobError:
         raise not_found("job", str(after), param="after") from None

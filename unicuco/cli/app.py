@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from unicuco.cli import compress, doctor, evaluate, front, generate, learn, plan, prune
+from unicuco.cli import compress, doctor, evaluate, front, generate, learn, plan, prune, serve
 from unicuco.cli.failure import describe_failure
 from unicuco.cli.terminal import Invocation
 
@@ -30,6 +30,7 @@ app.command()(prune.prune)
 app.command()(evaluate.evaluate)
 app.command()(front.front)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(doctor.doctor)
 
 

@@ -27,6 +27,7 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "prune": ("python", "torch", "torchvision", "transformers", "disk"),
     "evaluate": ("python", "torch", "torchvision", "transformers", "memory"),
     "front": ("python", "torch", "torchvision", "gpytorch"),
+    "serve": ("python", "torch", "torchvision", "transformers", "gpytorch", "ray", "disk"),
     "generate": ("python", "torch", "torchvision", "transformers", "vllm", "memory"),
 }
 

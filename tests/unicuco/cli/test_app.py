@@ -29,7 +29,7 @@ def test_help_answers_within_half_a_second_and_loads_nothing_heavy() -> None:
 def test_only_commands_that_work_are_offered(unicuco) -> None:
     names = {command.callback.__name__ for command in app.registered_commands}
     assert names == {
-        "compress", "doctor", "evaluate", "front", "generate", "learn", "plan", "prune",
+        "compress", "doctor", "evaluate", "front", "generate", "learn", "plan", "prune", "serve",
     }  # fmt: skip
     for name in NOT_THERE_YET:
         assert unicuco(name).code == 2

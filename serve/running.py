@@ -1,0 +1,90 @@
+"""Starting the service on a Ray that is there, and ending it so that nothing accepted is dropped.
+
+What it does not know: where Ray comes from.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Final
+
+from ray import serve as ray_serve
+
+from serve.app import build_app
+from serve.config import ServeConfig
+from serve.worker import CutterFactory, RunCutter
+from unicuco.errors import ClusterError
+
+APP_NAME: Final = "unicuco"
+_LOG: Final = logging.getLogger("ray.serve")
+
+
+@contextmanager
+def running(
+    config: ServeConfig,
+    *,
+    build_cutter: CutterFactory = RunCutter,
+    name: str = APP_NAME,
+    route_prefix: str = "/",
+) -> Iterator[str]:
+    """Run the application inside the block and yield its URL; drain it afterwards.
+
+    Requests that were accepted are answered, and jobs at hand finished; queued ones stay queued.
+
+    Args:
+        config: of the service; host and port count for the first application of a Ray only.
+        build_cutter: see `build_app`.
+        name: of the application.
+        route_prefix: where it answers.
+
+    Raises:
+        ClusterError: it can't be started.
+    """
+    options = {key: value for key, value in asdict(config).items() if key != "key_digests"}
+    _LOG.info("options %s, %d keys", options, len(config.key_digests))
+    try:
+        ray_serve.start(http_options={"host": config.host, "port": config.port})
+        app = build_app(config, build_cutter=build_cutter)
+        ray_serve.run(app, name=name, route_prefix=route_prefix)
+    except Exception as error:  # Serve raises plain ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ClusterError(f"the service can't be started: {reason}") from error
+    try:
+        yield f"http://{config.host}:{config.port}{route_prefix.rstrip('/')}"
+    finally:
+        # The application first: its replicas finish while the proxy still carries their answers.
+        ray_serve.delete(name)
+
+
+def run_app(config: ServeConfig, *, on_ready: Callable[[str], None]) -> None:
+    """Run the service until this process is told to stop, then drain it.
+
+    Args:
+        config: of the service.
+        on_ready: told the URL when the service answers.
+
+    Raises:
+        ClusterError: it can't be started.
+    """
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with running(config) as url:
+            for number in before:
+                signal.signal(number, on_signal)
+            on_ready(url)
+            stop.wait()
+    finally:
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]  # Serve's
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,50 @@
+"""Cutters that take their time, or take their process with them: what happens is in the target.
+
+The thousandths of a sparsity say it: 0.601 dies once before writing, 0.602 once after writing and
+before the commit, 0.603 at every attempt; 0.6x5 is slow.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from serve.catalogue import Catalogue
+from serve.worker import RunCutter
+from unicuco.types import Request
+
+SLOW_S = 1.0
+DIES_BEFORE, DIES_AFTER, DIES_ALWAYS, SLOW = 1, 2, 3, 5
+
+
+class ChaosCutter:
+    """The real cutter, and then some."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._real = RunCutter(catalogue)
+        self._staging = catalogue.staging_place(".")
+
+    def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
+        """Cut, slowly or to the death."""
+        kind = round(request.value * 1000) % 10
+        if kind == SLOW:
+            time.sleep(SLOW_S)
+        if kind == DIES_BEFORE:
+            self._die_once(request)
+        if kind == DIES_ALWAYS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        document = self._real.cut(run_id, request, out)
+        if kind == DIES_AFTER:
+            self._die_once(request)
+        return document
+
+    def _die_once(self, request: Request) -> None:
+        mark = self._staging.parent / f"died-{request.value}"
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)

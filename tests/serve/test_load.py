@@ -1,0 +1,54 @@
+"""Many callers at once: bursts of strategy requests, and more than the queue takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from ray import serve as ray_serve
+
+from serve.asks import Ask
+from tests.serve.conftest import Server
+from unicuco.types import Request, Target
+
+
+async def burst(url: str, number: int) -> list[httpx.Response]:
+    limits = httpx.Limits(max_connections=number)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        return await asyncio.gather(
+            *(
+                client.post(
+                    "/v1/strategies",
+                    json={"model": "run", "requests": [{"sparsity": 0.1 + 0.7 * k / number}]},
+                )
+                for k in range(number)
+            )
+        )
+
+
+@pytest.mark.parametrize("number", [64, 256])
+def test_everybody_in_a_burst_is_answered_with_what_they_asked(server: Server, number: int) -> None:
+    answers = asyncio.run(burst(server.url, number))
+    assert {answer.status_code for answer in answers} == {200}
+    asked = [answer.json()["data"][0]["request"]["sparsity"] for answer in answers]
+    assert asked == [0.1 + 0.7 * k / number for k in range(number)]
+
+
+def test_a_burst_costs_far_fewer_calls_than_callers(server: Server) -> None:
+    handle = ray_serve.get_deployment_handle("strategies", app_name=server.name)
+    before = handle.num_passes.remote().result()
+    asyncio.run(burst(server.url, 64))
+    assert handle.num_passes.remote().result() - before <= 24
+
+
+def test_sixty_four_calls_at_once_cost_one_or_two_passes(server: Server) -> None:
+    handle = ray_serve.get_deployment_handle("strategies", app_name=server.name)
+    before = handle.num_passes.remote().result()
+    requests = [Request(target=Target.SPARSITY, value=0.1 + k / 100) for k in range(64)]
+    calls = [handle.answer.remote([Ask(run="run", requests=(request,))]) for request in requests]
+    answers = [call.result() for call in calls]
+    assert handle.num_passes.remote().result() - before <= 2
+    for request, ((document,),) in zip(requests, answers, strict=True):
+        assert json.loads(document)["request"] == request.to_dict()

@@ -1,0 +1,75 @@
+"""``unicuco serve``: the HTTP service on Ray Serve."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
+
+_OBJECTS_BYTES = 64 * 2**20  # Serve passes bodies and answers, never weights
+
+
+def serve(
+    ctx: typer.Context,
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, made by learn.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+    data: Annotated[Path, typer.Option("--data", help="Where variants and jobs are kept.")] = Path(
+        "unicuco-data"
+    ),
+    store: Annotated[
+        str, typer.Option("--store", help="Database URL of the jobs; SQLite in --data if left out.")
+    ] = "",
+    engines: Annotated[
+        int, typer.Option("--engines", min=0, help="vLLM engines at most; 0: no completions.")
+    ] = 1,
+    pruners: Annotated[int, typer.Option("--pruners", min=1, help="Pruning replicas at most.")] = 4,
+    address: Annotated[
+        str, typer.Option("--address", help="local: a Ray of its own; auto: the running one.")
+    ] = "local",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Serve strategies, compression jobs and variants until stopped.
+
+    Other than loopback is listened on only with keys: set UNICUCO_API_KEYS=KEY,KEY,….
+    """
+    with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
+        from serve.config import KEYS_VARIABLE, EngineOptions, PruningOptions, ServeConfig
+        from unicuco.errors import RequestError
+
+        config = ServeConfig.of_runs(
+            runs,
+            data=data,
+            store=store,
+            api_keys=os.environ.get(KEYS_VARIABLE, ""),
+            host=host,
+            port=port,
+            engines=EngineOptions(max_engines=engines),
+            pruning=PruningOptions(max_replicas=pruners),
+        )
+        if address not in ("local", "auto"):
+            raise RequestError(f"--address must be local or auto, got {address!r}")
+        from cluster.local_ray import connect, local_ray
+        from serve.running import run_app
+        from unicuco.pipeline import Run
+
+        for _, folder in config.runs:  # one line here instead of a replica's trace
+            Run.open(Path(folder))
+        if not debug:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+        def tell(url: str) -> None:
+            document = {"url": url, "runs": [name for name, _ in config.runs]}
+            terminal.show(document, f"[bold]{url}[/bold] answers; docs at {url}/docs")
+
+        with local_ray(_OBJECTS_BYTES) if address == "local" else nullcontext():
+            if address == "auto":
+                connect(address="auto")
+            run_app(config, on_ready=tell)
