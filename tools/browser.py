@@ -21,11 +21,24 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 PACKAGE: Final = "@sparticuz/chromium@153.0.0"
 FOLDER: Final = ROOT / ".venv" / "browser-153.0.0"
-PROGRAMS: Final = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PROGRAMS: Final = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+)
 ADVICE: Final = (
-    "no Chromium was found: install node and npm and run `make venv` again, or install the "
+    "no Chromium was found: install node and npm, from which `make test` gets one, or install the "
     "system's chromium, or let UNICUCO_BROWSER name a Chromium or Chrome"
 )
+_FONTS: Final = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig>
+ <dir prefix="relative">fonts</dir><dir>/usr/share/fonts</dir>
+ <cachedir prefix="xdg">fontconfig</cachedir>
+</fontconfig>
+"""
 # Its parts are packed with brotli, which node can read and Python's standard library can't.
 _UNPACK: Final = """
 const fs = require('fs'), zlib = require('zlib'), path = require('path');
@@ -56,7 +69,7 @@ def find() -> tuple[Path, dict[str, str]]:
         libraries = [str(FOLDER / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
         return FOLDER / "chromium", {
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
-            "FONTCONFIG_PATH": str(FOLDER),
+            "FONTCONFIG_FILE": str(FOLDER / "fonts.conf"),
         }
     for name in PROGRAMS:
         program = shutil.which(name)
@@ -91,6 +104,7 @@ def fetch() -> None:
             with tarfile.open(part) as tar:
                 tar.extractall(made, filter="data")
             part.unlink()
+        (made / "fonts.conf").write_text(_FONTS)  # its own names folders of another machine
         (made / "chromium").chmod(0o755)
         made.rename(FOLDER)
 

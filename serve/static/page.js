@@ -133,7 +133,7 @@ function drawFront() {
   scale = {
     x: (s) => BOX.left + (s / most) * (BOX.width - BOX.left - BOX.right),
     y: (kl) => {
-      const part = Math.log(Math.max(kl, floor) / floor) / Math.log((worst * 1.5) / floor);
+      const part = Math.log(Math.max(kl, floor / 100) / floor) / Math.log((worst * 1.5) / floor);
       return BOX.height - BOX.bottom - Math.min(part, 1) * (BOX.height - BOX.top - BOX.bottom);
     },
   };
@@ -148,13 +148,16 @@ function drawFront() {
   }
   add(svg, "text", { x: (BOX.left + BOX.width) / 2, y: BOX.height - 4, "text-anchor": "middle" }, "sparsity over prunable sites");
   add(svg, "text", { x: -(BOX.height - BOX.bottom) / 2, y: 13, transform: "rotate(-90)", "text-anchor": "middle" }, "KL, nats per token");
+  const clip = add(svg, "clipPath", { id: "inside" }); // what lies below the floor is cut off
+  add(clip, "rect", { x: BOX.left, y: 0, width: BOX.width - BOX.left, height: BOX.height - BOX.bottom });
+  const inside = add(svg, "g", { "clip-path": "url(#inside)" });
   const upper = predicted.map((p) => [p.sparsity, p.kl.hi95]);
   const lower = predicted.map((p) => [p.sparsity, p.kl.lo95]).reverse();
-  add(svg, "polygon", { class: "band", points: points([...upper, ...lower]) });
+  add(inside, "polygon", { class: "band", points: points([...upper, ...lower]) });
   for (const name of ["uniform", "fisher"]) {
-    add(svg, "polyline", { class: name, points: points(state.front.measured_on_validation[name] ?? []) });
+    add(inside, "polyline", { class: name, points: points(state.front.measured_on_validation[name] ?? []) });
   }
-  add(svg, "polyline", { class: "curve", points: points(predicted.map((p) => [p.sparsity, p.kl.mean])) });
+  add(inside, "polyline", { class: "curve", points: points(predicted.map((p) => [p.sparsity, p.kl.mean])) });
   add(svg, "g", { id: "point" });
   drawLegend();
 }
@@ -176,9 +179,10 @@ function drawLegend() {
 
 function drawPoint(answer) {
   const group = $("point"), x = scale.x(answer.sparsity), { mean, lo95, hi95 } = answer.predicted.kl;
+  const bottom = BOX.height - BOX.bottom, y = (kl) => Math.min(scale.y(kl), bottom);
   group.replaceChildren();
-  add(group, "line", { class: "dense-line", x1: x, x2: x, y1: scale.y(hi95), y2: scale.y(lo95) });
-  const dot = add(group, "circle", { class: "dot", cx: x, cy: scale.y(mean), r: 7 });
+  add(group, "line", { class: "dense-line", x1: x, x2: x, y1: y(hi95), y2: y(lo95) });
+  const dot = add(group, "circle", { class: "dot", cx: x, cy: y(mean), r: 7 });
   add(dot, "title", {}, `${percent(answer.sparsity)}: KL ${small(mean)}`);
 }
 

@@ -1,4 +1,4 @@
-"""A real headless Chromium, driven over its own protocol: just enough to use a page like a person."""
+"""A real headless Chromium, driven over its own protocol, just enough to use a page."""
 
 from __future__ import annotations
 
