@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -37,6 +38,7 @@ def serve_streams(handle: StreamHandler) -> None:
     A question has an ``id``, which its answers carry; a line with ``done`` follows the last. The
     question ``{"op": "cancel", "id": N}`` cancels question N, which then is not answered further.
     """
+    _guard_group()
     asyncio.run(_serve_streams(handle, _own_output()))
 
 
@@ -67,6 +69,22 @@ async def _answer(
     async for answer in handle(question):
         _write(answers, {**answer, "id": number})
     _write(answers, {"id": number, "done": True})
+
+
+def _guard_group() -> None:
+    """See to it that what was started here ends with this process, also when that is killed.
+
+    Ray kills an actor's own children when the actor ends, but not theirs, so a process outside the
+    group watches this one and then ends the group.
+    """
+    own = os.getpid()
+    if os.getpgrp() == own:
+        watch = f"while kill -0 {own} 2>/dev/null; do sleep 1; done; kill -9 -{own} 2>/dev/null"
+        quiet = subprocess.DEVNULL
+        subprocess.Popen(
+            ["/bin/sh", "-c", watch],
+            stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True, cwd="/",
+        )  # fmt: skip
 
 
 def _write(answers: IO[str], line: Mapping[str, object]) -> None:

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final
@@ -97,8 +98,8 @@ class StreamingChild(ChildProcess):
     async def _read(self) -> None:
         assert self._process.stdout is not None
         reader = asyncio.StreamReader(limit=_LONGEST_LINE_BYTES)
-        # A file of its own: closing the transport must not close the descriptor that `close` owns.
-        pipe = open(self._process.stdout.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
+        # A descriptor of its own: uvloop closes what it is given, whoever owns the file.
+        pipe = os.fdopen(os.dup(self._process.stdout.fileno()), "rb", buffering=0)
         transport, _ = await self._loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), pipe
         )
