@@ -20,6 +20,7 @@ from serve.app import build_app
 from serve.config import ServeConfig
 from serve.worker import CutterFactory, RunCutter
 from unicuco.errors import ClusterError
+from unicuco.store.database import display_name
 
 APP_NAME: Final = "unicuco"
 _LOG: Final = logging.getLogger("ray.serve")
@@ -46,8 +47,11 @@ def running(
     Raises:
         ClusterError: it can't be started.
     """
-    options = {key: value for key, value in asdict(config).items() if key != "key_digests"}
-    _LOG.info("options %s, %d keys", options, len(config.key_digests))
+    options = asdict(config) | {
+        "key_digests": f"{len(config.key_digests)} keys",
+        "store": display_name(config.jobs_location),
+    }
+    _LOG.info("options %s", options)
     try:
         ray_serve.start(http_options={"host": config.host, "port": config.port})
         app = build_app(config, build_cutter=build_cutter)

@@ -43,8 +43,9 @@ class Service:
         return await asyncio.to_thread(work, self.jobs)
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """Return the service of the replica that answers."""
+    # Not a plain function: FastAPI would take a thread for it, at half the cost of a whole answer.
     service = request.app.state.service
     assert isinstance(service, Service)
     return service

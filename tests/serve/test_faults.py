@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
-import ray
 from ray import serve as ray_serve
-from ray.util.state import list_actors
 
 from tests.serve.conftest import Server, wait_until
 from unicuco.export import read_variant
@@ -39,9 +38,9 @@ def job(client: httpx.Client, job_id: str) -> dict[str, object]:
     return found
 
 
-def replicas(server: Server, deployment: str) -> int:
-    application = ray_serve.status().applications[server.name]
-    return int(application.deployments[deployment].replica_states.get("RUNNING", 0))
+def replicas(server: Server, deployment: str, *states: str) -> int:
+    found = ray_serve.status().applications[server.name].deployments[deployment].replica_states
+    return sum(int(found.get(state, 0)) for state in states or ("RUNNING",))
 
 
 def check_done_once(server: Server, client: httpx.Client, job_id: str) -> None:
@@ -89,9 +88,14 @@ def test_sixty_four_jobs_scale_the_pruning_up_and_down_and_no_caller_notices(
     with chaos.client() as client, pinging(chaos.url) as bad:
         assert replicas(chaos, "pruning") == 1
         started = time.monotonic()
-        # A slow one in eight: about two seconds of work for each of four replicas.
-        ids = [ask(client, 0.605 if k % 8 == 0 else 0.3 + k / 200, f"many-{k}") for k in range(64)]
-        assert wait_until(lambda: replicas(chaos, "pruning") == 4, 10 - time.monotonic() + started)
+        # A slow one in four: four seconds of work for each of four replicas.
+        ids = [ask(client, 0.605 if k % 4 == 0 else 0.3 + k / 200, f"many-{k}") for k in range(64)]
+        # Whether a process starts in time is the machine's matter; that it is started is not.
+        assert wait_until(
+            lambda: replicas(chaos, "pruning", "STARTING", "RUNNING") == 4,
+            10 - time.monotonic() + started,
+        )
+        assert wait_until(lambda: replicas(chaos, "pruning") == 4, 30)
         assert wait_until(lambda: all(job(client, i)["status"] in FINAL for i in ids), 60)
         for job_id in ids:
             check_done_once(chaos, client, job_id)
@@ -203,11 +207,8 @@ def test_a_service_that_is_started_again_finishes_what_was_queued_and_running(
 
 def pids(deployment: str, server: Server) -> list[int]:
     """Return the processes of a deployment's replicas."""
-    assert ray.is_initialized()
-    found = [
-        actor.pid
-        for actor in list_actors(filters=[("state", "=", "ALIVE")])
-        if f"{server.name}#{deployment}#" in str(actor.name)
-    ]
+    title = f"ray::ServeReplica:{server.name}:{deployment}"
+    processes = psutil.Process().children(recursive=True)
+    found = [process.pid for process in processes if title in " ".join(process.cmdline())]
     assert found
     return found

@@ -1,0 +1,228 @@
+"""A worker on a real run: what it makes, how it fails, and what becomes of its zombie."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import unicuco
+from serve.catalogue import Catalogue, ModelId
+from serve.config import PruningOptions, ServeConfig
+from serve.worker import Cutter, JobWorker, RunCutter, describe
+from tests.serve.conftest import wait_until
+from unicuco.errors import InfeasibleRequestError, ModelError, StorageError
+from unicuco.export import read_variant
+from unicuco.store import Claim, Job, JobStatus, JobStore, NewJob
+from unicuco.types import Request, Target
+
+ROOT = Path(unicuco.__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workshop:
+    """A store, a catalogue and a run."""
+
+    run: Path
+    data: Path
+    store: JobStore
+    catalogue: Catalogue
+
+    def ask(self, suffix: str, sparsity: float = 0.5) -> Job:
+        """Queue a job."""
+        new = NewJob(
+            model="run",
+            compressed_model=f"run:{suffix}",
+            request=Request(target=Target.SPARSITY, value=sparsity),
+            prediction={},
+            idempotency_key=None,
+            body_digest="d",
+        )
+        return self.store.submit(new, max_active=100)
+
+    def worker(self, cutter: Cutter | None = None) -> JobWorker:
+        """Return a worker."""
+        real = RunCutter(self.catalogue) if cutter is None else cutter
+        return JobWorker(self.store, self.catalogue, real, PruningOptions(), owner="test")
+
+    def other_process(self, lease_s: float) -> subprocess.Popen[str]:
+        """Start a worker that has written a variant when it says so."""
+        words = [str(self.run), str(self.data), str(lease_s)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serve.worker_process", *words],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        return process
+
+    def staged(self) -> list[str]:
+        """Return what lies in the staging folder."""
+        return [path.name for path in (self.data / "staging").iterdir()]
+
+
+@pytest.fixture
+def workshop(tiny_run: Path, tmp_path: Path) -> Iterator[Workshop]:
+    config = ServeConfig.of_runs([tiny_run], data=tmp_path / "data")
+    catalogue = Catalogue(config)
+    catalogue.make_folders()
+    with JobStore.open(config.jobs_location) as store:
+        yield Workshop(run=tiny_run, data=tmp_path / "data", store=store, catalogue=catalogue)
+
+
+def check_made(workshop: Workshop, job: Job) -> None:
+    done = workshop.store.get(job.id)
+    assert done.status is JobStatus.SUCCEEDED
+    kinds = [event.type for event in workshop.store.events(job.id)]
+    assert kinds.count("succeeded") == 1
+    variant = ModelId.parse(job.compressed_model)
+    assert list(workshop.catalogue.variants()) == [variant]
+    document = read_variant(workshop.catalogue.variant_folder(variant))
+    assert document.plan.request == job.request
+    assert workshop.staged() == []
+
+
+def test_a_worker_does_one_job_at_a_time_until_there_is_none(workshop: Workshop) -> None:
+    job = workshop.ask("v")
+    worker = workshop.worker()
+    assert worker.run_one()
+    assert not worker.run_one()
+    check_made(workshop, job)
+
+
+def test_a_request_that_can_not_be_met_fails_and_leaves_nothing(workshop: Workshop) -> None:
+    job = workshop.ask("v", sparsity=0.99)
+    assert workshop.worker().run_one()
+    failed = workshop.store.get(job.id)
+    assert failed.error is not None
+    assert (failed.status, failed.error.code) == ("failed", "infeasible_request")
+    assert list(workshop.catalogue.variants()) == []
+    assert workshop.staged() == []
+
+
+def test_a_bug_in_one_job_fails_that_job_only(workshop: Workshop) -> None:
+    class Broken:
+        def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
+            raise ZeroDivisionError
+
+    first, second = workshop.ask("first"), workshop.ask("v")
+    assert workshop.worker(Broken()).run_one()
+    assert workshop.store.get(first.id).status is JobStatus.FAILED
+    assert workshop.worker().run_one()
+    check_made(workshop, second)
+
+
+def test_a_job_cancelled_while_it_is_cut_leaves_nothing(workshop: Workshop) -> None:
+    class Cancelled(RunCutter):
+        def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
+            document = super().cut(run_id, request, out)
+            workshop.store.cancel(job.id)
+            return document
+
+    job = workshop.ask("v")
+    assert workshop.worker(Cancelled(workshop.catalogue)).run_one()
+    assert workshop.store.get(job.id).status is JobStatus.CANCELLED
+    assert list(workshop.catalogue.variants()) == []
+    assert workshop.staged() == []
+
+
+def test_something_in_the_variant_s_place_fails_the_job_and_stays(workshop: Workshop) -> None:
+    place = workshop.catalogue.place(ModelId(run="run", suffix="v"))
+    place.mkdir()
+    (place / "mine.txt").write_text("mine")
+    job = workshop.ask("v")
+    assert workshop.worker().run_one()
+    assert workshop.store.get(job.id).status is JobStatus.FAILED
+    assert (place / "mine.txt").read_text() == "mine"
+
+
+def test_a_job_of_a_run_that_is_served_no_more_fails(workshop: Workshop) -> None:
+    class Elsewhere(RunCutter):
+        def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
+            return super().cut("gone", request, out)
+
+    job = workshop.ask("v")
+    assert workshop.worker(Elsewhere(workshop.catalogue)).run_one()
+    error = workshop.store.get(job.id).error
+    assert error is not None
+    assert error.code == "model_not_found"
+
+
+def test_what_was_committed_before_a_crash_is_published_by_the_next(workshop: Workshop) -> None:
+    job = workshop.ask("v")
+    claim = workshop.store.claim("dying", lease_s=-1.0, max_attempts=3)
+    assert isinstance(claim, Claim)
+    staged = f"{job.id}.{claim.token}"
+    plan = RunCutter(workshop.catalogue).cut(
+        "run", job.request, workshop.catalogue.staging_place(staged)
+    )
+    workshop.store.commit(claim, staged=staged, result=plan)
+    assert list(workshop.catalogue.variants()) == [], "committed is not published"
+    assert workshop.worker().run_one()
+    check_made(workshop, job)
+
+
+def test_what_was_published_before_a_crash_is_only_recorded_by_the_next(
+    workshop: Workshop,
+) -> None:
+    job = workshop.ask("v")
+    claim = workshop.store.claim("dying", lease_s=-1.0, max_attempts=3)
+    assert isinstance(claim, Claim)
+    staged = f"{job.id}.{claim.token}"
+    plan = RunCutter(workshop.catalogue).cut(
+        "run", job.request, workshop.catalogue.staging_place(staged)
+    )
+    workshop.store.commit(claim, staged=staged, result=plan)
+    workshop.catalogue.publish(staged, ModelId.parse(job.compressed_model))
+    assert workshop.worker().run_one()
+    check_made(workshop, job)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_between_writing_and_committing_leaves_nothing_to_be_seen(
+    workshop: Workshop,
+) -> None:
+    job = workshop.ask("v")
+    other = workshop.other_process(lease_s=600)
+    assert workshop.staged() != []
+    assert list(workshop.catalogue.variants()) == []
+    other.kill()
+    other.communicate(timeout=30)
+    assert workshop.worker().run_one(), "at once: the process is gone"
+    check_made(workshop, job)
+
+
+@pytest.mark.slow
+def test_a_zombie_that_wakes_after_its_job_was_taken_publishes_nothing(
+    workshop: Workshop,
+) -> None:
+    job = workshop.ask("v")
+    zombie = workshop.other_process(lease_s=1)
+    zombie.send_signal(signal.SIGSTOP)
+    try:
+        assert wait_until(workshop.worker().run_one, 30), "its lease ends"
+        check_made(workshop, job)
+        before = workshop.store.events(job.id)
+    finally:
+        zombie.send_signal(signal.SIGCONT)
+    output, _ = zombie.communicate(timeout=60)
+    assert output == "done\n"
+    assert workshop.store.events(job.id) == before
+    check_made(workshop, job)
+
+
+def test_every_kind_of_failure_has_its_word() -> None:
+    assert describe(InfeasibleRequestError("m")).code == "infeasible_request"
+    assert describe(StorageError("m")).code == "storage_unavailable"
+    assert describe(ModelError("m")).code == "cutting_failed"
+    unexpected = describe(RuntimeError("a secret"))
+    assert (unexpected.code, "secret" in unexpected.message) == ("internal_error", False)

@@ -1,0 +1,43 @@
+"""A worker in a process of its own, to be stopped and killed: writes, tells so, waits, commits."""
+
+# Arguments: run folder, data folder, lease in seconds.
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from serve.catalogue import Catalogue
+from serve.config import PruningOptions, ServeConfig
+from serve.worker import JobWorker, RunCutter
+from unicuco.store import JobStore
+from unicuco.types import Request
+
+
+class Pausing(RunCutter):
+    """Cuts, tells so on stdout, and takes half a second more."""
+
+    def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
+        """Cut and dawdle."""
+        document = super().cut(run_id, request, out)
+        print("written", flush=True)
+        time.sleep(0.5)
+        return document
+
+
+def main(run: str, data: str, lease_s: str) -> None:
+    """Do one job."""
+    config = ServeConfig.of_runs([run], data=data)
+    catalogue = Catalogue(config)
+    options = replace(PruningOptions(), lease_s=float(lease_s))
+    with JobStore.open(config.jobs_location) as store:
+        worker = JobWorker(store, catalogue, Pausing(catalogue), options, owner="other")
+        worker.run_one()
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
