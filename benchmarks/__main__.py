@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import quality, serve, speed
+from benchmarks import quality, serve, serve_models, speed
 
 
 def main() -> None:
@@ -10,6 +10,7 @@ def main() -> None:
     quality.main([])
     speed.main([])
     serve.main([])
+    serve_models.main([])
 
 
 if __name__ == "__main__":

@@ -97,14 +97,15 @@ def talking(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         prune(run, Request(target=Target.SPARSITY, value=0.1 + 0.1 * number), folder)
         folders[f"python:v{number}"] = folder
     engines = EngineOptions(
-        max_engines=2, num_cpus=0.01, threads=1, slots=8, longest_wait_s=1.0, max_queued=64
-    )
+        max_engines=2, num_cpus=0.01, threads=1, slots=8, longest_wait_s=1.0, max_queued=64,
+        start_timeout_s=540,
+    )  # fmt: skip
     config = small_config(run_folder, data, serve_port, engines=engines)
     with running(config, name=APP, route_prefix=f"/{APP}") as url:
         talk = Talking(url=url, config=config, folders=folders)
         with talk.http() as http:
-            assert wait_until(lambda: http.get("/ready").status_code == 200, 280)
-            wait_until(lambda: all(e["digest"] for e in talk.status()["engines"]), 120)
+            assert wait_until(lambda: http.get("/ready").status_code == 200, 540)
+            wait_until(lambda: all(e["digest"] for e in talk.status()["engines"]), 240)
         yield talk
 
 

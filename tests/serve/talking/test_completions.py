@@ -17,7 +17,7 @@ from tests.serve.conftest import wait_until
 from tests.serve.talking.conftest import NUM_VARIANTS, Talking
 
 # Under pytest-xdist these share the one service of one worker.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("talking"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("talking"), pytest.mark.timeout(1200)]
 
 PROMPTS = ["def main(argv):\n    ", "import os\n\n", "class Reader:\n    def ", "    return self."]
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,19 +139,22 @@ def test_a_client_that_goes_away_aborts_its_request(talking: Talking) -> None:
         return status["queued"] == 0 and not any(e["running"] for e in status["engines"])
 
     assert wait_until(idle, 60)
-    body = {"model": "python:v4", "prompt": "x = [1, ", "max_tokens": 500, "temperature": 1}
+    # Long enough that it could not have ended by itself.
+    body = {"model": "python:v4", "prompt": "x = [1, ", "max_tokens": 480, "n": 32}
     with talking.http() as http:
         with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
             next(answer.iter_lines())
             assert not idle()
-        assert wait_until(idle, 2.0)  # 500 tokens would take longer
+        assert wait_until(idle, 2.0)
     with talking.http() as http, pytest.raises(httpx.TimeoutException):
-        http.post("/v1/completions", json={**body, "n": 8}, timeout=0.3)
+        http.post("/v1/completions", json=body, timeout=0.5)
     assert wait_until(idle, 2.0)
 
 
 def test_a_variant_is_not_deleted_while_it_is_served_and_gone_afterwards(talking: Talking) -> None:
-    body = {"model": "python:gone", "prompt": "x = ", "max_tokens": 200, "stream": True}
+    body = {
+        "model": "python:gone", "prompt": "x = ", "max_tokens": 300, "n": 16, "stream": True
+    }  # fmt: skip
     with talking.http() as http:
         job = http.post(
             "/v1/compression/jobs",
