@@ -5,17 +5,21 @@ PYTHON := $(shell for p in python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && { command -v "$$p"; break; }; done)
 RUN := .venv/bin/python -m
 
-.PHONY: demo test test-fast check fix bench venv
+.PHONY: demo test test-fast check fix bench venv browser
 .DEFAULT_GOAL := test
 
 venv:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed and was not found: install it, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" tools/setup_environment.py
 
+# The page's test drives a real browser. Without one that test fails and says what to install.
+browser: venv
+	@"$(PYTHON)" tools/browser.py || true
+
 demo: venv
 	$(RUN) unicuco.cli.demo
 
-test: venv
+test: browser
 	$(RUN) pytest
 
 test-fast: venv

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import acceptance, quality, serve, speed
+from benchmarks import acceptance, quality, serve, serve_models, speed
 
 
 def main() -> None:
@@ -11,6 +11,7 @@ def main() -> None:
     quality.main([])
     speed.main([])
     serve.main([])
+    serve_models.main([])
 
 
 if __name__ == "__main__":

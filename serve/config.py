@@ -71,16 +71,28 @@ class PruningOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """The deployment that talks: vLLM engines. ``max_engines`` 0 leaves it out."""
+    """The deployment that talks: vLLM engines. ``max_engines`` 0 leaves it out.
+
+    ``num_cpus`` and ``num_gpus`` are asked of Ray per engine; ``threads`` an engine computes with,
+    0 = its share of the cores. ``slots`` are sequences that run at once on one engine;
+    ``max_queued`` sequences may wait, beyond which the answer is 429; ``max_sequences`` may one
+    call have. ``longest_wait_s`` is how long a variant waits before it claims an engine from
+    another. ``prestart``: engines start with the service, on the first run's dense model, and the
+    service is ready once one has; else with the first call.
+    """
 
     max_engines: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    threads: int = 0
     max_model_len: int | None = None
+    slots: int = 32
     max_queued: int = 256
+    max_sequences: int = 32
     max_tokens: int = 1024
     start_timeout_s: float = 300.0
     longest_wait_s: float = 10.0
+    prestart: bool = True
 
 
 _BOUNDS: Final = Bounds()

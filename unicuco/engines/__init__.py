@@ -1,4 +1,4 @@
-"""Engines that produce text from a model folder, behind one protocol."""
+"""Engines that produce text from a model folder: blocking ones, and one that streams to many."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from unicuco.engines.protocol import Generation, Sampling, TextEngine
+from unicuco.engines.streaming import Checked, Delta, StreamingEngine, StreamSampling
+from unicuco.engines.streaming_vllm import StreamingVllmEngine
 from unicuco.engines.vllm_engine import VllmEngine, VllmOptions
 
 ENGINES: Final[Mapping[str, Callable[[], TextEngine]]] = {
     "vllm": VllmEngine,
 }
 
-__all__ = ["ENGINES", "Generation", "Sampling", "TextEngine", "VllmEngine", "VllmOptions"]
+__all__ = [
+    "ENGINES",
+    "Checked",
+    "Delta",
+    "Generation",
+    "Sampling",
+    "StreamSampling",
+    "StreamingEngine",
+    "StreamingVllmEngine",
+    "TextEngine",
+    "VllmEngine",
+    "VllmOptions",
+]

@@ -102,6 +102,15 @@ def read_facts(folder: Path) -> FolderFacts:
     )
 
 
+def read_context(folder: Path) -> int | None:
+    """Return the longest context that config.json states, in tokens, or none.
+
+    Raises:
+        EngineError: the folder holds no config.json that can be read.
+    """
+    return _context(_read_config(folder))
+
+
 def _read_config(folder: Path) -> dict[str, object]:
     if not folder.is_dir():
         raise EngineError(f"{folder} is no folder; give a model or variant folder")

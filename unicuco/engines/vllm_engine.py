@@ -54,6 +54,18 @@ class VllmOptions:
                 f"kv_cache_gib must be a whole number of at least 1, got {self.kv_cache_gib}"
             )
 
+    def check_context(self, facts: FolderFacts) -> None:
+        """Refuse a context that the model does not have.
+
+        Raises:
+            EngineError: more was asked for than the folder holds.
+        """
+        asked, most = self.context, facts.context
+        if asked is not None and most is not None and asked > most:
+            raise EngineError(
+                f"a context of {asked} tokens was asked for, but {facts.path} holds {most}"
+            )
+
     def environment(self) -> dict[str, str]:
         """Return the environment variables that vLLM and OpenMP read at their first import."""
         cores = ",".join(map(str, self.cores))
@@ -98,9 +110,9 @@ class VllmEngine:
 
     def load(self, folder: Path) -> None:
         """See `TextEngine.load`. The first takes about a minute, nearly all of it imports."""
-        _require_vllm()
+        require_vllm()
         facts = read_facts(folder)
-        self._check_context(facts)
+        self.options.check_context(facts)
         if self._child is not None and self._child.alive and self._facts is not None:
             if self._facts.difference(facts) is None:
                 self._switch(facts)
@@ -177,13 +189,6 @@ class VllmEngine:
             raise EngineError("nothing is loaded; call load first")
         return self._facts
 
-    def _check_context(self, facts: FolderFacts) -> None:
-        asked, most = self.options.context, facts.context
-        if asked is not None and most is not None and asked > most:
-            raise EngineError(
-                f"a context of {asked} tokens was asked for, but {facts.path} holds {most}"
-            )
-
     def _switch(self, facts: FolderFacts) -> None:
         try:
             self._ask({"op": "switch", "folder": str(facts.path.resolve())}, timeout_s=_START_S)
@@ -204,7 +209,12 @@ class VllmEngine:
         return answer
 
 
-def _require_vllm() -> None:
+def require_vllm() -> None:
+    """Refuse, in one line, to go on without vLLM.
+
+    Raises:
+        EngineError: it is not installed.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
             "vLLM is not installed; install unicuco[cpu] (no GPU) or unicuco[gpu], then try again"
