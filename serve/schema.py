@@ -25,6 +25,12 @@ _REQUEST_SCHEMA: Final[dict[str, object]] = {
     "properties": {
         **{target.value: _TARGET_SCHEMAS.get(target, {}) for target in Target},
         "served_as": {"type": "string", "enum": [*ServedAs]},
+        "task_weights": {
+            "type": "object",
+            "description": "Of a run that learned several texts: their weights, which sum to 1.",
+            "minProperties": 1,
+            "additionalProperties": {"type": "number", "minimum": 0, "maximum": 1},
+        },
     },
     "additionalProperties": False,
     "oneOf": [{"required": [target.value]} for target in Target],
