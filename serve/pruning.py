@@ -7,27 +7,34 @@ queue's length, by which `serve.scaling` decides how many there are.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import threading
+from concurrent.futures import Future, wait
 from typing import Final
 
 from serve.catalogue import Catalogue
 from serve.config import ServeConfig
 from serve.scaling import QUEUE_METRIC
-from serve.worker import CutterFactory, JobWorker
+from serve.worker import Cutter, CutterFactory, JobWorker
 from unicuco.errors import UnicucoError
 from unicuco.store import JobStore
 
 _LOG: Final = logging.getLogger("ray.serve")
 _AFTER_TROUBLE_S: Final = 1.0
+_WARMING_NICENESS: Final = 10
 
 
 class Pruning:
-    """One replica. The runs are opened by the first job, so a new replica is there at once.
+    """One replica. It is there at once, warms up, and takes jobs when it is warm.
+
+    Warming up takes seconds of a core, several replicas do it at a time and just when there is most
+    to do: a thread of lower priority does it, so that those already at work go on as before.
 
     Args:
         config: of the service.
-        build_cutter: makes what cuts; called in the worker's thread.
+        build_cutter: makes what cuts.
     """
 
     def __init__(self, config: ServeConfig, build_cutter: CutterFactory) -> None:
@@ -37,6 +44,8 @@ class Pruning:
         self._catalogue.make_folders()
         self._store = JobStore.open(config.jobs_location)
         self._stopping = threading.Event()
+        self._cutter: Future[Cutter] = Future()
+        threading.Thread(target=self._warm_up, name="unicuco-warming", daemon=True).start()
         self._thread = threading.Thread(target=self._work, name="unicuco-pruning", daemon=True)
         self._thread.start()
 
@@ -60,22 +69,33 @@ class Pruning:
             raise RuntimeError("the worker's thread has ended")
 
     def _work(self) -> None:
-        worker: JobWorker | None = None
+        while not self._stopping.is_set():
+            if wait([self._cutter], timeout=self._config.pruning.poll_s).done:
+                self._work_on(self._worker(self._cutter.result()))
+
+    def _work_on(self, worker: JobWorker) -> None:
         while not self._stopping.is_set():
             try:
-                if worker is None:
-                    worker = self._worker()
                 if not worker.run_one():
                     self._stopping.wait(self._config.pruning.poll_s)
             except UnicucoError as error:  # the database is away: it comes back
                 _LOG.warning("no jobs are taken: %s", error)
                 self._stopping.wait(_AFTER_TROUBLE_S)
 
-    def _worker(self) -> JobWorker:
+    def _warm_up(self) -> None:
+        with contextlib.suppress(OSError):  # on Linux a priority is a thread's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WARMING_NICENESS)
+        try:
+            self._cutter.set_result(self._build_cutter(self._catalogue))
+        except BaseException as error:
+            self._cutter.set_exception(error)  # ends the worker; Serve then replaces the replica
+            raise
+
+    def _worker(self, cutter: Cutter) -> JobWorker:
         return JobWorker(
             self._store,
             self._catalogue,
-            self._build_cutter(self._catalogue),
+            cutter,
             self._config.pruning,
             owner="pruning",
         )

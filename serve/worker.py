@@ -8,19 +8,23 @@ whoever takes the job next. What this module does not know: Ray and HTTP.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from serve.catalogue import Catalogue, ModelId, UnknownModelError
 from serve.config import PruningOptions
 from unicuco.errors import InfeasibleRequestError, RequestError, StorageError, UnicucoError
 from unicuco.store import Claim, JobFailure, JobStore, LeaseState
 from unicuco.types import Request
+
+if TYPE_CHECKING:  # at run time only where something is cut
+    from unicuco.pipeline import Run
 
 _LOG: Final = logging.getLogger("ray.serve")
 
@@ -48,19 +52,26 @@ class RunCutter:
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
-        from unicuco.pipeline import Run
-
         self._catalogue = catalogue
         self._runs: dict[str, Run] = {}
+        for run_id in catalogue.run_ids:
+            with contextlib.suppress(UnicucoError):  # told to whoever asks for a cut of it
+                run = self._opened(run_id)
+                _ = run.ranks, run.base_folder
 
     def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
         """Cut exactly what ``unicuco prune`` cuts."""
-        from unicuco.pipeline import Run, prune
+        from unicuco.pipeline import prune
+
+        return prune(self._opened(run_id), request, out).to_dict()
+
+    def _opened(self, run_id: str) -> Run:
+        from unicuco.pipeline import Run
 
         folder = self._catalogue.run_folder(run_id)
         if run_id not in self._runs:
             self._runs[run_id] = Run.open(folder)
-        return prune(self._runs[run_id], request, out).to_dict()
+        return self._runs[run_id]
 
 
 class JobWorker:
