@@ -58,6 +58,7 @@ def prune(run: Run, request: Request, out: Path) -> Plan:
         base=run.base_folder,
         profile=run.profile,
         ranks=run.ranks,
+        levels=run.levels,
         space=run.planner.space,
         plan=answer,
         provenance={"run": run.digest, "seed": run.manifest["seed"]},

@@ -37,7 +37,8 @@ class SearchConfig:
     """All that decides what a search asks; picklable, and recorded with the run.
 
     ``curves`` is the ``d x m`` table of axis curves; ``sparsity_range`` the targets that are
-    learned; ``tasks`` the search texts, where there are several.
+    learned; ``tasks`` the search texts, where there are several; ``level_step`` the weights from
+    one level of a site to the next, where sites come from a level database (0: they don't).
     """
 
     preset: str
@@ -50,10 +51,13 @@ class SearchConfig:
     surrogate: SurrogateOptions = field(default_factory=SurrogateOptions)
     training: TrainOptions = field(default_factory=TrainOptions)
     tasks: tuple[str, ...] = ()
+    level_step: int = 0
 
     def space(self) -> StrategySpace:
         """Build the strategy space."""
-        return build_space(self.profile, self.dimensions, self.granularity)
+        return build_space(
+            self.profile, self.dimensions, self.granularity, level_step=self.level_step
+        )
 
     def axis_curves(self) -> AxisCurves:
         """Build the axis curves."""
