@@ -103,7 +103,7 @@ class LevelDatabase:
             )
         self.plan = found
         self._found: dict[str, Mapping[str, str]] = {}  # of finished sites, which never change
-        self._checked: set[str] = set()
+        self._checked: dict[str, tuple[int, int]] = {}  # content's name -> time and size
 
     def has_site(self, site: Site) -> bool:
         """Return whether all levels of a site are there."""
@@ -164,11 +164,12 @@ class LevelDatabase:
             raise RunError(f"{self.folder} holds no level of {site.path} with {count} dropped")
         path = self._object(name)
         try:
-            if name not in self._checked:
+            state = path.stat()
+            if self._checked.get(name) != (state.st_mtime_ns, state.st_size):
                 with path.open("rb") as data:
                     if hashlib.file_digest(data, "sha256").hexdigest() != name:
                         raise RunError(f"the level {path} was altered; learn the run again")
-                self._checked.add(name)
+                self._checked[name] = (state.st_mtime_ns, state.st_size)
             with safe_open(path, framework="pt") as file:
                 matrix: Tensor = file.get_tensor("weight")
         except (OSError, SafetensorError) as error:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 import torch
@@ -196,7 +196,7 @@ class LocalEvaluator:
     def model_at(self, strategy: Strategy, *, rows: RowRule | None = None) -> PreTrainedModel:
         """Return the working copy of the model at a strategy, until the next one is judged."""
         self._load(strategy, rows)
-        return cast(PreTrainedModel, self._model)
+        return self._model
 
     def _windows(self, tokens: int | None) -> Tensor:
         if tokens is None:

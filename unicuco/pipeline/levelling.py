@@ -91,14 +91,11 @@ def plan_levels(pruner: str, loaded: LoadedModel, tokens: TokenSet, run: Path) -
 
 
 def announce(levels: Levels, progress: ProgressSink) -> None:
-    """Say how much of the disk the levels take, before any is built."""
-    done = levels.profile.num_blocks - len(levels.missing_blocks())
+    """Say how much of the disk the levels take, before any that is missing is built."""
+    total = levels.profile.num_blocks
+    done = total - len(levels.missing_blocks())
     detail = f"{megabytes(levels.num_bytes)} on disk"
-    progress(
-        Progress(
-            stage="levels", done=done, total=levels.profile.num_blocks, detail=detail, announce=True
-        )
-    )
+    progress(Progress(stage="levels", done=done, total=total, detail=detail, announce=done < total))
 
 
 def build(
