@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import ray
 from cluster.actors import Handle
 from cluster.driver import RayBackend
 from cluster.level_crew import LevelCrew
+from tests.cluster.synthetic import LevelMaker
 from unicuco.errors import ClusterError, StorageError
 from unicuco.levels import LevelDatabase
 from unicuco.pipeline import Backend, LearnOptions, LocalBackend, Progress
@@ -20,29 +20,8 @@ from unicuco.pipeline.preparation import build_levels, prepare
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
-class Builder:
-    """Leaves a file per block; dies or refuses where it is told to."""
-
-    def __init__(self, folder: Path, *, die: str = "", refuse: bool = False) -> None:
-        self._folder = folder
-        self._die = die
-        self._refuse = refuse
-
-    def start(self) -> None:
-        pass
-
-    def build(self, block: int) -> None:
-        if self._refuse:
-            raise StorageError("the disk is full")
-        marker = self._folder / "died"
-        if self._die == "always" or (self._die == "once" and block == 1 and not marker.exists()):
-            marker.touch()
-            os._exit(1)
-        (self._folder / f"{block}").write_text(f"{os.getpid()}")
-
-
 def starter(folder: Path, **options: object) -> Callable[[], Handle]:
-    return lambda: ray.remote(Builder).options(num_cpus=0.1).remote(folder, **options)
+    return lambda: ray.remote(LevelMaker).options(num_cpus=0.1).remote(folder, **options)
 
 
 @pytest.mark.slow
@@ -100,7 +79,7 @@ def test_what_a_builder_raises_reaches_the_driver(tmp_path: Path) -> None:
 
 def test_no_room_for_any_builder_is_said(tmp_path: Path) -> None:
     def start() -> Handle:
-        return ray.remote(Builder).options(num_cpus=10_000).remote(tmp_path)
+        return ray.remote(LevelMaker).options(num_cpus=10_000).remote(tmp_path)
 
     with pytest.raises(ClusterError, match="no builder of levels could be started"):
         LevelCrew(start, 1, start_timeout_s=0.1).build(range(1), lambda block: None)
