@@ -1,7 +1,7 @@
-"""What runs inside Ray's processes: one evaluator, or one search. Plain classes, wrapped elsewhere.
+"""What runs in Ray's processes: an evaluator, a search, a builder of levels. Plain classes.
 
-They only delegate. Construction stores, `start` builds, so that whatever goes wrong in building
-reaches the driver as the exception it was.
+They are wrapped elsewhere and only delegate. Construction stores, `start` builds, so that whatever
+goes wrong in building reaches the driver as the exception it was.
 """
 
 from __future__ import annotations
@@ -84,6 +84,30 @@ class LearnerActor:
     def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
         """Take a whole round in ask order."""
         self._search.tell(round, results)
+
+
+class LevelActor:
+    """Builds the levels of blocks, one at a time, on its own copy of the model.
+
+    Args:
+        config: of `unicuco.evaluate.level_builder.LevelBuilder`.
+        arrays: weights and calibration text: read-only views of the node's shared memory.
+    """
+
+    # Any: the core object's own type, imported only where it runs.
+    def __init__(self, config: Any, arrays: Arrays) -> None:
+        self._config = config
+        self._arrays = arrays
+
+    def start(self) -> None:
+        """Build the builder."""
+        from unicuco.evaluate.level_builder import LevelBuilder
+
+        self._builder = LevelBuilder.from_arrays(self._config, self._arrays)
+
+    def build(self, block: int) -> None:
+        """Build the levels of one block."""
+        self._builder.build(block)
 
 
 # Any: the builders' own types, imported only where they run.

@@ -8,6 +8,7 @@ recorded.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -21,10 +22,12 @@ from cluster.actors import (
     EvaluatorActor,
     Handle,
     LearnerActor,
+    LevelActor,
     build_configured_search,
     build_local_evaluator,
 )
 from cluster.learner import RaySearch
+from cluster.level_crew import LevelCrew
 from cluster.local_ray import connect, local_ray
 from cluster.pool import RayPool
 from unicuco.errors import RequestError
@@ -107,6 +110,35 @@ class RayBackend:
         pool = RayPool(start_replica, self._replicas)
         self._stack.callback(pool.close)
         return pool
+
+    # Any: as `start`
+    def build_levels(
+        self, config: Any, arrays: Arrays, blocks: Sequence[int], on_done: Callable[[int], None]
+    ) -> None:
+        """Build the levels of blocks, as many at a time as there are replicas.
+
+        Args:
+            config: the builders' configuration, small.
+            arrays: weights and calibration text, by name; every node gets them once.
+            blocks: which.
+            on_done: told of each that is finished.
+
+        Raises:
+            ClusterError: no Ray can be reached or started, no actor placed, or three died.
+            UnicucoError: what a builder raised.
+        """
+        # A Ray of one's own has its size from the start: the evaluators' arrays, larger by the drop
+        # order and the dense predictions, come into the same.
+        self._connect(2 * sum(array.nbytes for array in arrays.values()))
+        shared = ray.put(dict(arrays))
+        share = self._cpu_share()
+        environment = {"env_vars": _process_settings(self._threads)}
+
+        def start_actor() -> Handle:
+            actor = ray.remote(LevelActor).options(num_cpus=share, runtime_env=environment)
+            return actor.remote(config, shared)
+
+        LevelCrew(start_actor, self._replicas).build(blocks, on_done)
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""

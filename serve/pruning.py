@@ -23,7 +23,7 @@ from unicuco.store import JobStore
 
 _LOG: Final = logging.getLogger("ray.serve")
 _AFTER_TROUBLE_S: Final = 1.0
-_WARMING_NICENESS: Final = 10
+_WARMING_NICENESS: Final = 19  # Ray's own processes have 15
 
 
 class Pruning:

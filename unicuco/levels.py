@@ -8,6 +8,9 @@ On disk: one safetensors file per matrix, named by its content (so equal matrice
 one small JSON file per finished site, and a manifest. A site's file appears last and at once, so a
 build can be stopped anywhere, goes on where it was, and may run for several sites in parallel.
 
+Levels are read memory-mapped, so all processes of a node share one copy of them; the first time a
+process reads one, its content is checked.
+
 What it does not know: how levels are made, and strategies.
 
 Notation: a site is ``o x i``, c is the weights between two levels.
@@ -18,20 +21,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from unicuco.errors import RunError, StorageError
 from unicuco.types import ModelProfile, Site
 
+FOLDER: Final = "levels"  # in a run folder
 _FORMAT: Final = 1
 _MANIFEST: Final = "levels.json"
 _LEVELS: Final = 16  # of a site of average size
@@ -57,10 +61,13 @@ class LevelPlan:
 
     def num_bytes(self, profile: ModelProfile, dtype: torch.dtype) -> int:
         """Return about how large the whole database will be on disk."""
+        return self.num_bytes_of(profile.sites, dtype)
+
+    def num_bytes_of(self, sites: Sequence[Site], dtype: torch.dtype) -> int:
+        """Return about how much of the disk the levels of some sites take."""
         size = dtype.itemsize
         return sum(
-            len(self.counts(site)) * (site.num_weights * size + _HEADER_BYTES)
-            for site in profile.sites
+            len(self.counts(site)) * (site.num_weights * size + _HEADER_BYTES) for site in sites
         )
 
 
@@ -96,6 +103,8 @@ class LevelDatabase:
                 f"{folder} holds levels of another model, text or step; give another folder"
             )
         self.plan = found
+        self._found: dict[str, Mapping[str, str]] = {}  # of finished sites, which never change
+        self._checked: dict[str, tuple[int, int]] = {}  # content's name -> time and size
 
     def has_site(self, site: Site) -> bool:
         """Return whether all levels of a site are there."""
@@ -104,6 +113,21 @@ class LevelDatabase:
     def missing(self, profile: ModelProfile) -> list[Site]:
         """Return the sites that are still to be built, in order."""
         return [site for site in profile.sites if not self.has_site(site)]
+
+    def sweep(self) -> None:
+        """Remove what killed writers left; only when nobody else writes."""
+        for path in self.folder.rglob(".*.tmp"):
+            with suppress(OSError):
+                path.unlink()
+
+    def digest(self, profile: ModelProfile) -> str:
+        """Return the sha256 over the plan and the content of all levels.
+
+        Raises:
+            RunError: a site's levels are missing.
+        """
+        sites = {site.path: dict(self._entries(site)) for site in profile.sites}
+        return hashlib.sha256(_json({**asdict(self.plan), "sites": sites})).hexdigest()
 
     def build_site(self, site: Site, make: Callable[[int], Tensor]) -> None:
         """Make and store all levels of one site; nothing where they are there.
@@ -129,7 +153,9 @@ class LevelDatabase:
         _write(self._site_file(site), _json({"path": site.path, "levels": entries}))
 
     def read(self, site: Site, count: int) -> Tensor:
-        """Return a stored level, its content checked against its name.
+        """Return a stored level, memory-mapped, its content checked once against its name.
+
+        Not to be written to.
 
         Raises:
             RunError: the level was never built, or its file is missing or altered.
@@ -139,18 +165,26 @@ class LevelDatabase:
             raise RunError(f"{self.folder} holds no level of {site.path} with {count} dropped")
         path = self._object(name)
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"the level {path} can't be read: {error.strerror}") from error
-        if hashlib.sha256(data).hexdigest() != name:
-            raise RunError(f"the level {path} was altered; delete it and build {site.path} again")
-        return load(data)["weight"]
+            state = path.stat()
+            if self._checked.get(name) != (state.st_mtime_ns, state.st_size):
+                with path.open("rb") as data:
+                    if hashlib.file_digest(data, "sha256").hexdigest() != name:
+                        raise RunError(f"the level {path} was altered; learn the run again")
+                self._checked[name] = (state.st_mtime_ns, state.st_size)
+            with safe_open(path, framework="pt") as file:
+                matrix: Tensor = file.get_tensor("weight")
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"the level {path} can't be read: {reason}") from error
+        return matrix
 
     def nearest_below(self, site: Site, count: int) -> int:
         """Return the level that drops the most weights, but not more than ``count``; 0: dense."""
         return min(count // self.plan.step, len(self.plan.counts(site))) * self.plan.step
 
     def _entries(self, site: Site) -> Mapping[str, str]:
+        if site.path in self._found:
+            return self._found[site.path]
         path = self._site_file(site)
         try:
             entries: Mapping[str, str] = json.loads(path.read_text())["levels"]
@@ -160,6 +194,7 @@ class LevelDatabase:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} can't be read: {error}") from error
+        self._found[site.path] = entries
         return entries
 
     def _store(self, matrix: Tensor) -> str:

@@ -89,11 +89,18 @@ class StrategySpace:
     Args:
         axes: in strategy order; names unique.
         cost: the cost model of the same axes.
+        stride: weights from one level to the next, where sites are kept at levels: strategies that
+            meet a budget then lie on whole levels, except that one axis takes what is less than a
+            level. 0: every weight is a step of its own.
+
+    Raises:
+        ValueError: names repeat, or a stride is given with yes-or-no axes.
     """
 
-    def __init__(self, axes: Sequence[Axis], cost: CostModel) -> None:
+    def __init__(self, axes: Sequence[Axis], cost: CostModel, *, stride: int = 0) -> None:
         self.axes = tuple(axes)
         self.cost = cost
+        self._stride = stride
         self.names = tuple(axis.name for axis in self.axes)
         if len(set(self.names)) != len(self.names):
             raise ValueError("axis names must be unique")
@@ -103,6 +110,8 @@ class StrategySpace:
         self._max_step = torch.tensor([axis.max_step for axis in self.axes], dtype=torch.float64)
         self._min_step = torch.ceil(self._low * self._steps - 1e-9)
         self._choice = torch.tensor([axis.is_choice for axis in self.axes])
+        if stride and bool(self._choice.any()):
+            raise ValueError("levels are of axes that count weights; one here is yes or no")
 
     @property
     def num_axes(self) -> int:
@@ -205,7 +214,8 @@ class StrategySpace:
                 self._fill_mixed(row, int(k))
                 for row, k in zip(relaxed, budget.tolist(), strict=True)
             ]
-        return self._strategies(self._fill(relaxed, budget))
+        steps = self._fill(relaxed, budget)
+        return self._strategies(self._on_levels(steps) if self._stride else steps)
 
     def _path_position(self, z: Tensor, kept: Tensor) -> Tensor:
         """Return the ``b`` scalars t at which the relaxed cost of ``z + t`` meets the budgets.
@@ -259,6 +269,33 @@ class StrategySpace:
                 steps + torch.where(up, change, -change), self._min_step, self._max_step
             )
         raise InfeasibleRequestError("the budget can't be met to the weight by this space")
+
+    def _on_levels(self, steps: Tensor) -> Tensor:
+        """Move ``b x d`` steps to whole levels, every row's total staying as it is.
+
+        Largest remainder first, as in `_fill`; the first axis that has room takes the rest.
+        """
+        top = torch.floor(self._max_step / self._stride)
+        levels = torch.minimum(torch.floor(steps / self._stride), top)
+        missing = torch.floor(steps.sum(1) / self._stride) - levels.sum(1)
+        while bool((missing > 0).any()):
+            room = levels < top
+            order = (steps - levels * self._stride).masked_fill(~room, -torch.inf)
+            rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            up = room & (rank < missing[:, None])
+            if not bool(up.any()):
+                break  # all at the top: what is left lies above the last levels
+            levels = levels + up
+            missing = missing - up.sum(1)
+        whole = levels * self._stride
+        rest = (steps - whole).sum(1)
+        space = self._max_step - whole
+        order = torch.where(space >= rest[:, None], steps - whole, space - 2 * self._max_step.max())
+        for axis in order.argsort(dim=1, descending=True, stable=True).unbind(1):
+            taken = torch.minimum(rest, space.gather(1, axis[:, None])[:, 0])
+            whole.scatter_add_(1, axis[:, None], taken[:, None])
+            rest = rest - taken
+        return whole
 
     def _fill_mixed(self, relaxed: Tensor, kept: int) -> Strategy:
         """Decide one relaxed point's choices, then fill the axes that count weights."""

@@ -8,11 +8,12 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unicuco.errors import ModelError
+from unicuco.errors import ModelError, StorageError
 from unicuco.types import Ask, Evaluation, Outcome, Strategy
 
 ARRAYS = {"target": np.array([0.3, 0.7]), "ballast": np.ones(2**18, dtype=np.float32)}
@@ -132,3 +133,24 @@ def make_ask(digest: bytes, round: int = 0, position: int = 0) -> Ask:
     values = (int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:8]) / 2**32)
     strategy = Strategy(settings=(("sparsity/0", values[0]), ("sparsity/1", values[1])))
     return Ask(round=round, position=position, strategy=strategy, derivatives=position == 0)
+
+
+class LevelMaker:
+    """Leaves a file per block; dies or refuses where it is told to."""
+
+    def __init__(self, folder: Path, *, die: str = "", refuse: bool = False) -> None:
+        self._folder = folder
+        self._die = die
+        self._refuse = refuse
+
+    def start(self) -> None:
+        pass
+
+    def build(self, block: int) -> None:
+        if self._refuse:
+            raise StorageError("the disk is full")
+        marker = self._folder / "died"
+        if self._die == "always" or (self._die == "once" and block == 1 and not marker.exists()):
+            marker.touch()
+            os._exit(1)
+        (self._folder / f"{block}").write_text(f"{os.getpid()}")

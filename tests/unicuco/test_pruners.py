@@ -222,3 +222,19 @@ def test_an_evaluator_judges_levels(case: EvaluationCase, database: LevelDatabas
         evaluator.evaluate(strategy, derivatives=True)
     with pytest.raises(ValueError, match="row rule can't spread"):
         evaluator.evaluate(strategy, rows=RowRule({}))
+
+
+def test_levels_are_stored_in_the_type_asked_for_and_read_memory_mapped(
+    case: EvaluationCase, tmp_path: Path
+) -> None:
+    plan = replace(_plan(case), method="half")
+    sites = case.loaded.profile.sites
+    own = build_levels(
+        case.loaded, case.calibration, tmp_path / "db", plan, sites=sites[:1], dtype=torch.bfloat16
+    )
+    first = own.read(sites[0], plan.step)
+    assert first.dtype == torch.bfloat16
+    assert str(tmp_path / "db") in Path("/proc/self/maps").read_text()
+    assert torch.equal(own.read(sites[0], plan.step), first)
+    with pytest.raises(RunError, match="lacks the levels"):
+        own.digest(case.loaded.profile)

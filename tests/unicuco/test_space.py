@@ -269,3 +269,30 @@ def test_axis_names_of_a_space_are_unique() -> None:
     axis = Axis(name="a", low=0, high=1, num_steps=4)
     with pytest.raises(ValueError, match="unique"):
         StrategySpace([axis, axis], SPACES["layer"].cost)
+
+
+# --- levels -------------------------------------------------------------------------------------
+
+
+@given(seeds, st.floats(0, 1), st.sampled_from([7, 40, 1000]))
+def test_budgets_are_met_at_levels_but_for_one_axis(seed: int, share: float, step: int) -> None:
+    space = build_space(LARGE, level_step=step)
+    unit, kept = points(space, seed), budget_at(space, share)
+    strategies = space.decode_exact(unit, [kept] * len(unit))
+    plain = build_space(LARGE).decode_exact(unit, [kept] * len(unit))
+    for strategy, fine in zip(strategies, plain, strict=True):
+        assert space.cost.kept_params(strategy.values) == kept
+        steps = [round(v * a.num_steps) for v, a in zip(strategy.values, space.axes, strict=True)]
+        exact = [round(v * a.num_steps) for v, a in zip(fine.values, space.axes, strict=True)]
+        assert all(0 <= n <= axis.max_step for n, axis in zip(steps, space.axes, strict=True))
+        if share > 0.05:  # below, all axes stand at their last levels, and more must lie above
+            assert sum(n % step > 0 for n in steps) <= 1
+            far = len(steps) * step  # where others stand at their last levels, one takes up for all
+            assert all(abs(a - b) <= far for a, b in zip(steps, exact, strict=True))
+
+
+def test_a_stride_is_of_sites_and_never_of_choices() -> None:
+    by_block = build_space(PROFILE, granularity=Granularity.BLOCK, level_step=7)
+    assert by_block.uniform(0.4) == SPACES["block"].uniform(0.4)
+    with pytest.raises(ValueError, match="yes or no"):
+        build_space(PROFILE, ("sparsity", "depth"), level_step=7)

@@ -40,6 +40,12 @@ def compare(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this PNG file.")] = None,
+    pruner: Annotated[
+        str | None,
+        typer.Option(
+            "--pruner", help="wanda, magnitude or sparsegpt, for all; the run's if left out."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides all that is drawn.")] = 0,
     text: Annotated[
         Path | None,
@@ -89,6 +95,7 @@ def compare(
             tokens=tokens,
             test_tokens=test_tokens,
             seed=seed,
+            pruner=pruner,
         )
         with ProgressDisplay() as progress:
             report = compare_allocators(

@@ -21,7 +21,12 @@ def learn(
     model: Annotated[str, typer.Argument(help="reference, a Hugging Face folder, or a hub id.")],
     out: Annotated[Path, typer.Option("--out", help="The run folder to make.")],
     pruner: Annotated[
-        str, typer.Option("--pruner", help="wanda or magnitude.", rich_help_panel=_METHOD)
+        str,
+        typer.Option(
+            "--pruner",
+            help="wanda, magnitude, or sparsegpt, which updates what stays and keeps levels.",
+            rich_help_panel=_METHOD,
+        ),
     ] = "wanda",
     granularity: Annotated[
         str,

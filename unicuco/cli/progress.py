@@ -78,7 +78,8 @@ class ProgressDisplay:
         started, first = self._started.setdefault(step.stage, (now, step.done))
         finished = step.total > 0 and step.done >= step.total
         due = now - self._last_line >= _LINE_EVERY_S
-        if not (due or (finished and now - started > _LINE_EVERY_S)):
+        announced = getattr(step, "announce", False)  # optional in what a sink is told
+        if not (announced or due or (finished and now - started > _LINE_EVERY_S)):
             return
         self._last_line = now
         print(

@@ -23,15 +23,21 @@ def build_space(
     profile: ModelProfile,
     dimensions: Sequence[str] = ("sparsity",),
     granularity: Granularity = Granularity.LAYER,
+    *,
+    level_step: int = 0,
 ) -> StrategySpace:
     """Make the strategy space of some dimensions together.
+
+    ``level_step`` is the number of weights between a site's levels, where there are levels (0:
+    none). Axes of whole blocks know nothing of it, for a block's weights are split over its sites.
 
     Raises:
         RequestError: an unknown or repeated dimension, or none.
     """
     cost = build_cost(profile, dimensions, granularity)
     axes = [axis for part in cost.dimensions for axis in part.axes(profile, granularity)]
-    return StrategySpace(axes, cost)
+    stride = level_step if granularity is Granularity.LAYER else 0
+    return StrategySpace(axes, cost, stride=stride)
 
 
 def build_cost(

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 import torch
@@ -81,8 +81,7 @@ class LocalEvaluator:
             torch.set_num_threads(config.threads)
         self.config = config
         self._cost = build_cost(config.profile, config.dimensions, config.granularity)
-        tensors = {name: _as_tensor(name, array) for name, array in arrays.items()}
-        tensors = {name.removeprefix(_BFLOAT16): tensor for name, tensor in tensors.items()}
+        tensors = unpack(arrays)
         self._ids = tensors["text/ids"]
         self._reference = DenseReference(
             probabilities=tensors["text/probabilities"],
@@ -91,12 +90,8 @@ class LocalEvaluator:
         )
         self._ranks = {site.path: tensors[f"rank/{site.path}"] for site in config.profile.sites}
         self._fisher = {site.path: tensors[f"fisher/{site.path}"] for site in config.profile.sites}
-        state = {
-            name.removeprefix("state/"): t
-            for name, t in tensors.items()
-            if name.startswith("state/")
-        }
-        self._model = _working_copy(config, state)
+        state = state_of(tensors)
+        self._model = working_copy(config.model_config, state)
         self._dense = {
             site.path: _oriented(state[f"{site.path}.weight"], site)
             for site in config.profile.sites
@@ -195,7 +190,7 @@ class LocalEvaluator:
     def model_at(self, strategy: Strategy, *, rows: RowRule | None = None) -> PreTrainedModel:
         """Return the working copy of the model at a strategy, until the next one is judged."""
         self._load(strategy, rows)
-        return cast(PreTrainedModel, self._model)
+        return self._model
 
     def _windows(self, tokens: int | None) -> Tensor:
         if tokens is None:
@@ -338,8 +333,22 @@ def pack_text(ids: Tensor, reference: DenseReference) -> dict[str, NDArray[np.ge
     return dict(map(_as_array, named.items()))
 
 
-def _working_copy(config: EvaluatorConfig, state: Mapping[str, Tensor]) -> nn.Module:
-    model = build_skeleton(json.loads(config.model_config))
+def unpack(arrays: Arrays) -> dict[str, Tensor]:
+    """Return arrays as tensors by their plain names, in place."""
+    tensors = {name: _as_tensor(name, array) for name, array in arrays.items()}
+    return {name.removeprefix(_BFLOAT16): tensor for name, tensor in tensors.items()}
+
+
+def state_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of unpacked arrays that are the model's, by the model's names."""
+    return {
+        name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")
+    }
+
+
+def working_copy(model_config: str, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Build a model of one's own, in float32, of its configuration as JSON and its tensors."""
+    model = build_skeleton(json.loads(model_config))
     model.float().eval().requires_grad_(False)
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
     tensors = model.state_dict(keep_vars=True)

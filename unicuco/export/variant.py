@@ -5,6 +5,8 @@ zero on the way through one small buffer: memory stays at one matrix, everything
 bit-identical by construction, and the sha256 is taken of the file while it grows. Where the files'
 tensors can't be matched to the sites without doubt, the model is loaded in the files' own type, cut
 and saved instead. What this module does not know: how a strategy was found.
+
+Sites of a level database are taken from there instead, in the files' own type.
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
-import transformers
 from torch import Tensor
 
 from unicuco.errors import ModelError, VariantError
@@ -28,11 +29,16 @@ from unicuco.export.document import DOCUMENT_NAME, CheckpointRef, VariantDocumen
 from unicuco.export.header import FileHeader, TensorEntry, read_header
 from unicuco.export.names import match_sites
 from unicuco.export.staging import HashedFile, staged_folder
-from unicuco.models import LoadedModel, load_model, read_site, weight_files
+from unicuco.levels import LevelDatabase
+from unicuco.models import read_site, weight_files
+from unicuco.pruners import LevelPruner
 from unicuco.ranks import RankStore, cut
 from unicuco.rows import RowRule
 from unicuco.space import StrategySpace
 from unicuco.types import ModelProfile, Plan, ServedAs, Site
+
+if TYPE_CHECKING:
+    from unicuco.models import LoadedModel
 
 ROWS_NAME: Final = "rows.json"  # no safetensors: engines load every such file as weights
 _CHUNK_BYTES: Final = 1 << 20
@@ -72,13 +78,23 @@ _SMALL_FILES: Final = (
 class _SiteCut:
     """What happens to one site: ``rank`` is ``o x i``, the lowest ``num_dropped`` become zero.
 
-    ``rows`` are its offsets of a row rule, or none.
+    ``rows`` are its offsets of a row rule, or none; ``levels`` what its matrix is taken from
+    instead, or none.
     """
 
     site: Site
     rank: Tensor
     num_dropped: int
     rows: Tensor | None
+    levels: LevelDatabase | None = None
+
+    def apply(self, weight: Tensor) -> None:
+        """Cut an ``o x i`` matrix in place."""
+        if self.levels is None:
+            cut(weight, self.rank, self.num_dropped, rows=self.rows, out=weight)
+        else:
+            pruner = LevelPruner(self.levels, {self.site.path: weight})
+            weight.copy_(pruner.materialise(self.site, self.num_dropped))
 
 
 def write_variant(
@@ -91,6 +107,7 @@ def write_variant(
     plan: Plan,
     provenance: Mapping[str, object],
     rows: RowRule | None = None,
+    levels: LevelDatabase | None = None,
     overwrite: bool = False,
 ) -> CheckpointRef:
     """Cut the plan's strategy and write the variant; it stands at ``out`` as a whole or not at all.
@@ -106,16 +123,23 @@ def write_variant(
         provenance: ``run`` (digest) and ``seed``; ``versions`` (name -> version) may be given too.
         rows: how a site's dropped weights are spread over its rows; kept beside the weights as
             ``rows.json``. None: equally.
+        levels: what sites are taken from instead of being cut by the ranks; knows no row rule.
         overwrite: replace a variant that stands at ``out``.
 
     Raises:
+        ValueError: levels and a row rule are given together.
         VariantError: something stands at ``out``, or the plan can't be stored.
         StorageError: the disk is full or refuses; nothing is left behind.
         ModelError: the base can't be read or does not fit the profile.
         RunError: the ranks are another model's.
     """
     folder = base if isinstance(base, Path) else base.folder
-    cuts = _site_cuts(profile, ranks, space, plan, rows)
+    if levels is not None and rows is not None:
+        raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
+    cuts = [
+        replace(site_cut, levels=levels)
+        for site_cut in _site_cuts(profile, ranks, space, plan, rows)
+    ]
     with staged_folder(out, overwrite=overwrite) as stage:
         files = _write_weights(stage, folder, profile, cuts)
         files |= _copy_small_files(folder, stage, present=files.keys())
@@ -213,7 +237,7 @@ def _cut_bytes(matrix: memoryview, entry: TensorEntry, site_cut: _SiteCut) -> No
     """Zero the dropped weights of one stored matrix in place."""
     weight = torch.frombuffer(matrix, dtype=_DTYPES[entry.dtype]).view(entry.shape)
     weight = weight.T if site_cut.site.transposed else weight  # (o, i)
-    cut(weight, site_cut.rank, site_cut.num_dropped, rows=site_cut.rows, out=weight)
+    site_cut.apply(weight)
 
 
 def _copy(source: FileIO, file: HashedFile, count: int, buffer: memoryview) -> None:
@@ -240,10 +264,11 @@ def _fill(source: FileIO, part: memoryview) -> None:
 
 def _write_through_model(stage: Path, folder: Path, cuts: Sequence[_SiteCut]) -> dict[str, str]:
     """Load the model in its own type, cut it, save it, and return file name -> sha256."""
+    from unicuco.models import load_model  # rarely needed, and it takes seconds
+
     loaded = load_model(folder, dtype=_stored_dtype(folder))
     for site_cut in cuts:
-        weight = read_site(loaded.model, site_cut.site)
-        cut(weight, site_cut.rank, site_cut.num_dropped, rows=site_cut.rows, out=weight)
+        site_cut.apply(read_site(loaded.model, site_cut.site))
     loaded.model.save_pretrained(stage)
     for path in stage.iterdir():  # configurations are taken from the base as they are
         if path.name != _INDEX and path.suffix != ".safetensors":
@@ -300,16 +325,16 @@ def _versions(provenance: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     if isinstance(given, Mapping):
         return tuple((str(name), str(value)) for name, value in given.items())
     return (
-        ("unicuco", _own_version()),
+        ("unicuco", _version("unicuco")),
         ("torch", torch.__version__),
-        ("transformers", transformers.__version__),
+        ("transformers", _version("transformers")),
     )
 
 
 @functools.cache  # reading a distribution's metadata takes milliseconds
-def _own_version() -> str:
+def _version(package: str) -> str:
     try:
-        return version("unicuco")
+        return version(package)
     except PackageNotFoundError:  # run from a checkout that was never installed
         return "unknown"
 

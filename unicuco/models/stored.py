@@ -27,6 +27,24 @@ _ITEM_BYTES: Final = {
 }
 
 
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """Return the floating-point type that most tensors of some files have; float32 if none has.
+
+    Args:
+        files: safetensors files of a model.
+    """
+    kinds = Counter(kind for kind in _stored_types(files).values() if kind in _DTYPES)
+    return _DTYPES[kinds.most_common(1)[0][0]] if kinds else torch.float32
+
+
 def with_stored_bytes(
     profile: ModelProfile, model: nn.Module, files: Sequence[Path]
 ) -> ModelProfile:

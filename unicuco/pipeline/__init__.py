@@ -1,20 +1,57 @@
 """The whole path: learn a run, plan, prune, compress, evaluate.
 
-This is what command line, cluster and service call.
+This is what command line, cluster and service call. Each name is imported when it is first asked
+for: a worker that only cuts loads no transformers, a planner nothing of learning.
 """
 
 from __future__ import annotations
 
-from unicuco.pipeline.backend import Backend, LocalBackend
-from unicuco.pipeline.compare import CompareOptions, CompareReport, Comparison, compare
-from unicuco.pipeline.compress import CompressReport, compress, prune
-from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
-from unicuco.pipeline.learning import learn
-from unicuco.pipeline.options import LearnOptions, ProgressSink
-from unicuco.pipeline.pictures import draw_front, draw_strategies
-from unicuco.pipeline.planner import FrontPoint, Planner
-from unicuco.pipeline.run import Run
-from unicuco.search.drive import Progress
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from unicuco.pipeline.backend import Backend, LocalBackend
+    from unicuco.pipeline.comparison import CompareOptions, CompareReport, Comparison, compare
+    from unicuco.pipeline.compression import CompressReport, compress
+    from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
+    from unicuco.pipeline.learning import learn
+    from unicuco.pipeline.options import LearnOptions, ProgressSink
+    from unicuco.pipeline.pictures import draw_front, draw_strategies
+    from unicuco.pipeline.planner import FrontPoint, Planner
+    from unicuco.pipeline.pruning import prune
+    from unicuco.pipeline.run import Run
+    from unicuco.search.drive import Progress
+
+_MODULES: Final = {
+    "Backend": "unicuco.pipeline.backend",
+    "CompareOptions": "unicuco.pipeline.comparison",
+    "CompareReport": "unicuco.pipeline.comparison",
+    "Comparison": "unicuco.pipeline.comparison",
+    "CompressReport": "unicuco.pipeline.compression",
+    "EvaluationReport": "unicuco.pipeline.evaluation",
+    "FrontPoint": "unicuco.pipeline.planner",
+    "LearnOptions": "unicuco.pipeline.options",
+    "LocalBackend": "unicuco.pipeline.backend",
+    "Planner": "unicuco.pipeline.planner",
+    "ProgressSink": "unicuco.pipeline.options",
+    "Run": "unicuco.pipeline.run",
+    "compare": "unicuco.pipeline.comparison",
+    "compress": "unicuco.pipeline.compression",
+    "draw_front": "unicuco.pipeline.pictures",
+    "draw_strategies": "unicuco.pipeline.pictures",
+    "evaluate_variant": "unicuco.pipeline.evaluation",
+    "learn": "unicuco.pipeline.learning",
+    "prune": "unicuco.pipeline.pruning",
+    "Progress": "unicuco.search.drive",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Backend",

@@ -6,10 +6,12 @@ Here: this process, without Ray.
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 from unicuco.evaluate import EvaluatorConfig, LocalEvaluator
+from unicuco.evaluate.level_builder import LevelBuilder, LevelConfig
 from unicuco.evaluate.local import Arrays
 from unicuco.search import Search, SearchConfig, build_search
 from unicuco.search.drive import AskTell, Pool, outcome_of
@@ -38,6 +40,15 @@ class Backend(Protocol):
     def start_pool(self, evaluator: EvaluatorConfig, arrays: Arrays) -> Pool:
         """Return a pool of evaluators alone, for searches that run in the caller's process."""
 
+    def build_levels(
+        self,
+        config: LevelConfig,
+        arrays: Arrays,
+        blocks: Sequence[int],
+        on_done: Callable[[int], None],
+    ) -> None:
+        """Build the levels of blocks; ``on_done`` is told each one that is finished."""
+
 
 class LocalBackend:
     """One evaluator and the search in this process."""
@@ -63,6 +74,19 @@ class LocalBackend:
     def start_pool(self, evaluator: EvaluatorConfig, arrays: Arrays) -> Pool:
         """Return a pool of one."""
         return _LocalPool(LocalEvaluator.from_arrays(evaluator, arrays))
+
+    def build_levels(
+        self,
+        config: LevelConfig,
+        arrays: Arrays,
+        blocks: Sequence[int],
+        on_done: Callable[[int], None],
+    ) -> None:
+        """Build one block after the other."""
+        builder = LevelBuilder.from_arrays(config, arrays)
+        for block in blocks:
+            builder.build(block)
+            on_done(block)
 
 
 class _LocalPool:

@@ -23,11 +23,12 @@ from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RunError, StorageError
 from unicuco.evaluate import LocalEvaluator
+from unicuco.levels import LevelDatabase
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.files import file_digest, save_json, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.pictures import draw_front, draw_strategies
-from unicuco.pipeline.preparation import Prepared, allocation_context, prepare
+from unicuco.pipeline.preparation import Prepared, allocation_context, build_levels, prepare
 from unicuco.pipeline.run import FORMAT, MANIFEST, Run, profile_document
 from unicuco.search import learn_network
 from unicuco.search.drive import AskTell, Pool, Progress, drive
@@ -150,9 +151,11 @@ def _evaluate(
     backend: Backend,
     progress: ProgressSink,
 ) -> None:
-    if sum(1 for _ in store.read()) >= options.num_evaluations:
+    finished = sum(1 for _ in store.read()) >= options.num_evaluations
+    if finished and not (prepared.levels and prepared.levels.missing_blocks()):
         return
     with backend:
+        build_levels(prepared, backend, progress, lambda cost: store.record_measurements([cost]))
         search, pool = _start(backend, prepared, store)
         drive(search, pool, store, num_evaluations=options.num_evaluations, on_progress=progress)
 
@@ -309,6 +312,8 @@ def _write(
         "evaluations": len(outcomes),
         "failed": len(outcomes) - len(ok),
         "cost_units": units,
+        "derivatives": any(e.gradient is not None for e in ok),
+        **_levels_document(prepared),
         "intervals": intervals,
         "validation": validation,
         "files": {
@@ -319,6 +324,15 @@ def _write(
     save_json(folder / MANIFEST, manifest)
     run = Run.open(folder)
     save_json(folder / "front.json", run.front_document())
+
+
+def _levels_document(prepared: Prepared) -> dict[str, object]:
+    """Return what the manifest says of the levels; nothing where there are none."""
+    levels = prepared.levels
+    if levels is None:
+        return {}
+    digest = LevelDatabase(levels.folder, levels.plan).digest(levels.profile)
+    return {"levels": {"step": levels.plan.step, "bytes": levels.num_bytes, "digest": digest}}
 
 
 def default_run_folder(out: Path) -> Path:

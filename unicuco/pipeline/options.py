@@ -13,6 +13,7 @@ from unicuco.dimensions import DIMENSIONS, Granularity
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY
 from unicuco.errors import RequestError
 from unicuco.importance import METRICS
+from unicuco.pruners import LEVEL_PRUNERS
 from unicuco.search import SEARCHES
 from unicuco.search.drive import Progress
 
@@ -23,6 +24,7 @@ ProgressSink = Callable[[Progress], None]
 # preparation and validation, are 110; the published preset spends its 110 on values (PAPERS.md,
 # section 1b).
 DEFAULT_EVALUATIONS: Final = {"default": 28, "paper": 110}
+_UNITS_WITH_DERIVATIVES: Final = 3  # levels know values only: as many more for the same units
 MIN_EVALUATIONS: Final = 4
 _TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -31,6 +33,7 @@ _TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 class LearnOptions:
     """Options of ``unicuco learn``; the same names in the cluster's YAML.
 
+    ``pruner`` is a metric of the drop order, or sparsegpt, whose sites come from a level database;
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
     are tokens per evaluation; ``context`` tokens per window (none: the model's own, at most 512);
     ``calibration_sampling`` how calibration windows are chosen from their text;
@@ -60,7 +63,7 @@ class LearnOptions:
     max_sparsity: float = 0.9
 
     def __post_init__(self) -> None:
-        _one_of("pruner", self.pruner, METRICS)
+        _one_of("pruner", self.pruner, [*METRICS, *LEVEL_PRUNERS])
         _one_of("granularity", self.granularity, Granularity)
         _one_of("preset", self.preset, SEARCHES)
         _one_of("calibration-sampling", self.calibration_sampling, Sampling)
@@ -112,7 +115,20 @@ class LearnOptions:
     @property
     def num_evaluations(self) -> int:
         """Strategies to ask in all."""
-        return DEFAULT_EVALUATIONS[self.preset] if self.evaluations is None else self.evaluations
+        if self.evaluations is not None:
+            return self.evaluations
+        derives = self.preset == "default" and self.has_levels
+        return DEFAULT_EVALUATIONS[self.preset] * (_UNITS_WITH_DERIVATIVES if derives else 1)
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether sites come from a level database."""
+        return self.pruner in LEVEL_PRUNERS
+
+    @property
+    def metric(self) -> str:
+        """The metric of the drop order; beside levels, that of the Fisher curves alone."""
+        return "wanda" if self.has_levels else self.pruner
 
     def decisive(self) -> dict[str, object]:
         """Return what decides which strategies are asked and what they measure.

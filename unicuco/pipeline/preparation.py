@@ -1,5 +1,8 @@
 """What learning needs before it can ask: the model, its texts, the drop order, Fisher curves.
 
+Where sites come from a level database, the drop order still gives the Fisher curves their ranks;
+the levels are planned here and built on the backend (`build_levels`).
+
 Ranks and Fisher sums are written to the run folder as soon as they are there, so a resumed run
 reads them back. Every pass over the model is counted in units (one forward pass over the search
 text).
@@ -25,6 +28,8 @@ from unicuco.evaluate.local import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
 from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.models import LoadedModel, load_model, load_tokenizer
+from unicuco.pipeline import levelling
+from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.texts import (
@@ -39,6 +44,7 @@ from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
 from unicuco.space import StrategySpace
 from unicuco.store import Measurement
+from unicuco.surrogate import SurrogateOptions
 from unicuco.types import ModelProfile
 
 T = TypeVar("T")
@@ -62,6 +68,7 @@ class Prepared:
     search: SearchConfig
     context: int
     costs: tuple[Measurement, ...]
+    levels: levelling.Levels | None = None
 
     @property
     def space(self) -> StrategySpace:
@@ -75,6 +82,27 @@ class Prepared:
     def text_arrays(self, text: TokenSet) -> Arrays:
         """Return a text's arrays for evaluators; runs the dense model once over it."""
         return pack_text(text.ids, dense_reference(self.loaded.model, text.ids))
+
+
+def build_levels(
+    prepared: Prepared,
+    backend: Backend,
+    progress: ProgressSink,
+    record: Callable[[Measurement], None] = lambda measurement: None,
+) -> None:
+    """Build what is missing of the levels on an entered backend; ``record`` what that cost."""
+    if prepared.levels is None:
+        return
+    levelling.build(
+        prepared.levels,
+        prepared.evaluator.model_config,
+        _state(prepared.loaded),
+        prepared.texts.calibration,
+        prepared.texts.search.num_tokens,
+        backend=backend,
+        progress=progress,
+        record=record,
+    )
 
 
 def allocation_context(prepared: Prepared) -> AllocationContext:
@@ -108,6 +136,9 @@ def prepare(
         progress: told of every stage.
         check: given the digests of model and texts before anything is made or read back; raises
             where the folder belongs to others.
+
+    Raises:
+        StorageError: the disk hasn't room for the levels.
     """
     progress(Progress(stage="load", done=0, total=1, detail=options.model))
     loaded = load_model(options.model)
@@ -120,6 +151,10 @@ def prepare(
         texts = _clustered(options, loaded, texts, source, costs)
     progress(Progress(stage="load", done=1, total=1))
     check(loaded.profile.digest, texts.digest)
+    levels = levelling.plan_levels(options.pruner, loaded, texts.calibration, folder)
+    if levels is not None:
+        levelling.announce(levels, progress)
+        levels.check_room()
     ranks = _ranks(options, folder, loaded, texts, costs, progress)
     fisher = _fisher(options, folder, loaded, texts, ranks, costs, progress)
     return Prepared(
@@ -130,15 +165,17 @@ def prepare(
         fisher={site.path: fisher[site.path] for site in loaded.profile.sites},
         context=context,
         costs=tuple(costs),
+        levels=levels,
         evaluator=EvaluatorConfig(
             model_config=loaded.model.config.to_json_string(),
             profile=loaded.profile,
             dimensions=options.dimensions,
             granularity=Granularity(options.granularity),
             text_digest=texts.search.digest,
+            levels="" if levels is None else str(levels.folder.resolve()),
             tasks=options.task_names,
         ),
-        search=_search_config(options, loaded.profile, fisher),
+        search=_search_config(options, loaded.profile, fisher, levels),
     )
 
 
@@ -151,7 +188,10 @@ def _texts(
 
 
 def _search_config(
-    options: LearnOptions, profile: ModelProfile, fisher: dict[str, Tensor]
+    options: LearnOptions,
+    profile: ModelProfile,
+    fisher: dict[str, Tensor],
+    levels: levelling.Levels | None,
 ) -> SearchConfig:
     granularity = Granularity(options.granularity)
     space = build_space(profile, options.dimensions, granularity)
@@ -167,6 +207,8 @@ def _search_config(
         curves=curves(fisher),
         sparsity_range=(MIN_SPARSITY, options.max_sparsity),
         seed=options.seed,
+        surrogate=SurrogateOptions() if levels is None else SurrogateOptions(directions=0),
+        level_step=0 if levels is None else levels.plan.step,
         tasks=options.task_names,
         task_curves=tuple(
             curves({site.path: fisher[_of_task(k, site.path)] for site in profile.sites})
@@ -209,11 +251,11 @@ def _ranks(
 ) -> RankStore:
     if options.resume and (folder / "ranks").is_dir():
         return RankStore.load(folder / "ranks")
-    progress(Progress(stage="rank", done=0, total=1, detail=options.pruner))
+    progress(Progress(stage="rank", done=0, total=1, detail=options.metric))
 
     def build() -> RankStore:
         norms = collect_input_norms(loaded.model, loaded.profile, texts.calibration)
-        return build_ranks(loaded.model, loaded.profile, METRICS[options.pruner], norms)
+        return build_ranks(loaded.model, loaded.profile, METRICS[options.metric], norms)
 
     ranks = _counted(build, "calibration", 1.0, texts, costs)
     ranks.save(folder / "ranks")

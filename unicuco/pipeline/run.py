@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import ModelError, RunError, UnicucoError
+from unicuco.levels import FOLDER as LEVELS
+from unicuco.levels import LevelDatabase
 from unicuco.models import model_digest, resolve_model
 from unicuco.pipeline.files import file_digest, load_json, load_tensors
 from unicuco.pipeline.planner import FrontPoint, Planner
@@ -107,6 +109,20 @@ class Run:
         return RankStore.load(self.folder / "ranks")
 
     @cached_property
+    def levels(self) -> LevelDatabase | None:
+        """The level database that variants are cut from; none: they are cut by the ranks.
+
+        Raises:
+            RunError: it is missing, incomplete or altered.
+        """
+        if "levels" not in self.manifest:
+            return None
+        database = LevelDatabase(self.folder / LEVELS)
+        if database.digest(self.profile) != self.manifest["levels"]["digest"]:
+            raise RunError(f"{database.folder} was altered; learn the run again")
+        return database
+
+    @cached_property
     def base_folder(self) -> Path:
         """The base model's folder, checked to be the model that was learned.
 
@@ -164,7 +180,10 @@ class Run:
     def _planner(self) -> Planner:
         options = self.manifest["options"]
         space = build_space(
-            self.profile, tuple(options["dimensions"]), Granularity(options["granularity"])
+            self.profile,
+            tuple(options["dimensions"]),
+            Granularity(options["granularity"]),
+            level_step=self.manifest.get("levels", {}).get("step", 0),
         )
         net = StratNet(_KINDS[options["preset"]], space.num_axes, seed=0, num_tasks=len(self.tasks))
         net.load_state_dict(load_tensors(self.folder / "stratnet.safetensors"))

@@ -38,7 +38,8 @@ class SearchConfig:
 
     ``curves`` is the ``d x m`` table of axis curves; ``sparsity_range`` the targets that are
     learned; ``tasks`` the search texts, where there are several, and ``task_curves`` a table of
-    curves for each.
+    curves for each; ``level_step`` the weights from one level of a site to the next, where sites
+    come from a level database (0: they don't).
     """
 
     preset: str
@@ -52,10 +53,13 @@ class SearchConfig:
     training: TrainOptions = field(default_factory=TrainOptions)
     tasks: tuple[str, ...] = ()
     task_curves: tuple[Tensor, ...] = ()
+    level_step: int = 0
 
     def space(self) -> StrategySpace:
         """Build the strategy space."""
-        return build_space(self.profile, self.dimensions, self.granularity)
+        return build_space(
+            self.profile, self.dimensions, self.granularity, level_step=self.level_step
+        )
 
     def axis_curves(self) -> AxisCurves:
         """Build the axis curves."""

@@ -86,12 +86,16 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a stage is: ``done`` of ``total`` (0: unknown), and a few words on it."""
+    """How far a stage is: ``done`` of ``total`` (0: unknown), and a few words on it.
+
+    ``announce`` asks to say it even where short stages say nothing.
+    """
 
     stage: str
     done: int
     total: int
     detail: str = ""
+    announce: bool = False
 
 
 def outcome_of(evaluator: Evaluator, ask: Ask) -> Outcome:

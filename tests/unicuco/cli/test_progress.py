@@ -72,3 +72,16 @@ def test_a_terminal_gets_bars_with_rate_and_eta(monkeypatch: pytest.MonkeyPatch)
     shown = fake.getvalue()
     for words in ("evaluate", "5/10", "ETA", "best 0.1", "train"):
         assert words in shown
+
+
+def test_what_is_announced_is_said_even_where_stages_are_short(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @dataclass(frozen=True)
+    class Announced(Step):
+        announce: bool = True
+
+    with ProgressDisplay() as progress:
+        progress(Announced("levels", 0, 4, "12.0 MB on disk"))
+        progress(Step("levels", 1, 4))
+    assert capsys.readouterr().err == "levels: 0/4, 12.0 MB on disk\n"

@@ -19,6 +19,7 @@ from typing import Final
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RequestError, RunError, StorageError
+from unicuco.importance import METRICS
 from unicuco.models import load_tokenizer
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.contest import LEARNED, Answer, Contest, allocator_names
@@ -26,15 +27,21 @@ from unicuco.pipeline.files import load_json, save_json
 from unicuco.pipeline.judge import TestJudge
 from unicuco.pipeline.learning import learn
 from unicuco.pipeline.options import LearnOptions, ProgressSink
-from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.preparation import Prepared, build_levels, prepare
 from unicuco.pipeline.run import MANIFEST, Run
 from unicuco.pipeline.texts import test_windows
+from unicuco.pruners import LEVEL_PRUNERS
 from unicuco.search import REQUEST_SEARCHES
 from unicuco.search.drive import Progress
 
 DEFAULT_TEST_TOKENS: Final = 16_384  # what the README's tables are measured on
 _IDENTITY: Final = "comparison.json"
 _RUN_OPTIONS: Final = ("pruner", "granularity", "context", "preset", "max_sparsity")
+_NEEDS_RANKS: Final = {
+    "trim": "spreads drops over rows",
+    "lua": "spreads drops over rows",
+    "descent": "needs derivatives",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +50,8 @@ class CompareOptions:
 
     ``run`` is what StratNet answers from (none: one is learned); ``out`` a folder that keeps what
     is measured (none: a temporary one); ``text`` the test text (none: the reference corpus');
-    ``tokens`` per evaluation of a search; ``test_tokens`` at most so many of the test text.
+    ``tokens`` per evaluation of a search; ``test_tokens`` at most so many of the test text;
+    ``pruner`` what cuts for all of them (none: the run's own, or wanda).
 
     Raises:
         RequestError: unknown or repeated names, or numbers outside their range.
@@ -59,8 +67,12 @@ class CompareOptions:
     tokens: int = 3072
     test_tokens: int = DEFAULT_TEST_TOKENS
     seed: int = 0
+    pruner: str | None = None
 
     def __post_init__(self) -> None:
+        pruners = [*METRICS, *LEVEL_PRUNERS]
+        if self.pruner is not None and self.pruner not in pruners:
+            raise RequestError(f"pruner must be one of {', '.join(pruners)}; got {self.pruner!r}")
         known = allocator_names()
         for name in self.allocators:
             if name not in known:
@@ -136,6 +148,9 @@ def compare(
     with _work_folder(options.out) as folder:
         run = None if options.run is None else Run.open(options.run, base=options.model)
         prepared = _prepared(options, folder, run, progress)
+        if prepared.levels is not None and prepared.levels.missing_blocks():
+            with backend_factory() as backend:
+                build_levels(prepared, backend, progress)
         judge = TestJudge(prepared, _test_text(options, prepared))
         entrants = _Entrants(options, prepared, folder, backend_factory, progress)
         answers = entrants.answers(run)
@@ -210,6 +225,7 @@ class _Entrants:
             LearnOptions(
                 model=options.model,
                 out=out,
+                pruner=options.pruner or "wanda",
                 calibration=options.calibration,
                 tokens=options.tokens,
                 seed=options.seed,
@@ -229,6 +245,7 @@ def _prepared(
     learn_options = LearnOptions(
         model=options.model,
         out=folder / "prepared",
+        pruner=options.pruner or "wanda",
         calibration=options.calibration,
         tokens=options.tokens,
         seed=options.seed,
@@ -237,15 +254,38 @@ def _prepared(
     if run is not None:
         recorded = {name: run.manifest["options"][name] for name in _RUN_OPTIONS}
         learn_options = replace(learn_options, out=run.folder, **recorded)
+        if options.pruner not in (None, learn_options.pruner):
+            raise RequestError(
+                f"{run.folder} was learned with --pruner {learn_options.pruner}, not "
+                f"{options.pruner}: leave --pruner out, or name another run"
+            )
+    _check_pruner(options, learn_options)
 
     def check(model_digest: str, data_digest: str) -> None:
         if run is not None and run.profile.digest != model_digest:
             raise RunError(f"{run.folder} is a run of another model than {options.model}")
-        _check_identity(options, folder, {"base_model": model_digest, "data": data_digest})
+        identity: dict[str, object] = {
+            "base_model": model_digest,
+            "data": data_digest,
+            "pruner": learn_options.pruner,
+        }
+        _check_identity(options, folder, identity)
 
     if run is None:
         learn_options.out.mkdir(exist_ok=True)
     return prepare(learn_options, learn_options.out, progress, check=check)
+
+
+def _check_pruner(options: CompareOptions, learn_options: LearnOptions) -> None:
+    """Refuse allocators that can't work on levels."""
+    if not learn_options.has_levels:
+        return
+    for name in options.allocators:
+        if name in _NEEDS_RANKS:
+            raise RequestError(
+                f"{name} {_NEEDS_RANKS[name]}, which levels of {learn_options.pruner} don't "
+                "have; leave it out"
+            )
 
 
 def _check_identity(options: CompareOptions, folder: Path, identity: dict[str, object]) -> None:
@@ -253,7 +293,8 @@ def _check_identity(options: CompareOptions, folder: Path, identity: dict[str, o
     path = folder / _IDENTITY
     identity |= {"seed": options.seed, "tokens": options.tokens}
     if path.exists():
-        recorded = load_json(path)
+        # Comparisons from before there was a choice name no pruner.
+        recorded = {"pruner": "wanda", **load_json(path)}
         differing = [name for name, value in identity.items() if recorded.get(name) != value]
         if differing:
             raise RunError(

@@ -1,4 +1,4 @@
-"""Cutting variants: from a run and a request, or from a model and a request in one call."""
+"""From a model and a request to a measured variant in one call."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from unicuco.errors import UnicucoError
-from unicuco.export import write_variant
 from unicuco.export.staging import check_target
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
 from unicuco.pipeline.learning import default_run_folder, learn
 from unicuco.pipeline.options import LearnOptions, ProgressSink
+from unicuco.pipeline.pruning import prune
 from unicuco.pipeline.run import MANIFEST, Run
 from unicuco.types import Plan, Request
 
@@ -34,35 +33,6 @@ class CompressReport:
             "run": str(self.run),
             "measured": asdict(self.measured),
         }
-
-
-def prune(run: Run, request: Request, out: Path) -> Plan:
-    """Cut the variant that a request describes.
-
-    Args:
-        run: a finished run.
-        request: what is wanted.
-        out: the folder to make.
-
-    Raises:
-        InfeasibleRequestError: the run can't meet the request.
-        RunError: the base model is gone or another one.
-        VariantError: something stands at ``out``.
-        StorageError: the disk refuses; nothing is left behind.
-    """
-    (answer,) = run.plan([request])
-    if isinstance(answer, UnicucoError):
-        raise answer
-    write_variant(
-        out,
-        base=run.base_folder,
-        profile=run.profile,
-        ranks=run.ranks,
-        space=run.planner.space,
-        plan=answer,
-        provenance={"run": run.digest, "seed": run.manifest["seed"]},
-    )
-    return answer
 
 
 def compress(
