@@ -152,7 +152,8 @@ def test_a_client_that_goes_away_aborts_its_request(talking: Talking) -> None:
 
 def test_a_variant_is_not_deleted_while_it_is_served_and_gone_afterwards(talking: Talking) -> None:
     body = {
-        "model": "python:gone", "prompt": "x = ", "max_tokens": 300, "n": 16, "stream": True
+        # Long enough that it could not have ended by itself.
+        "model": "python:gone", "prompt": "x = [1, ", "max_tokens": 480, "n": 32, "stream": True
     }  # fmt: skip
     with talking.http() as http:
         job = http.post(
