@@ -79,7 +79,7 @@ def make() -> None:
     gpu = has_nvidia_gpu()
     say(f"installing the pinned packages for {'GPU' if gpu else 'CPU'}; minutes the first time")
     install_torch(cpu_build=not gpu and platform.system() == "Linux")
-    extras = "gpu,dev" if gpu else "cpu,dev"
+    extras = "gpu,bench,dev" if gpu else "cpu,bench,dev"
     pip_install("-c", "constraints.txt", "-e", f".[{extras}]")
     if not gpu:
         pip("uninstall", "-y", "-q", *CUDA_COMPANIONS)

@@ -67,7 +67,7 @@ def test_a_failed_install_is_tried_again(setup, monkeypatch: pytest.MonkeyPatch,
 def test_without_a_gpu_the_companions_built_for_cuda_go(setup) -> None:
     setup.main()
     assert ("uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec") in setup.calls
-    assert any(".[cpu,dev]" in call for call in setup.calls)
+    assert any(".[cpu,bench,dev]" in call for call in setup.calls)
 
 
 def test_with_a_gpu_nothing_is_removed(setup, monkeypatch: pytest.MonkeyPatch) -> None:
