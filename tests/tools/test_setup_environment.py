@@ -74,7 +74,7 @@ def test_with_a_gpu_nothing_is_removed(setup, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: True)
     setup.main()
     assert not any(call[0] == "uninstall" for call in setup.calls)
-    assert any(".[gpu,dev]" in call for call in setup.calls)
+    assert any(".[gpu,bench,dev]" in call for call in setup.calls)
 
 
 def test_no_other_index_is_asked_where_pip_finds_a_cpu_build(

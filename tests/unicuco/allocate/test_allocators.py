@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,8 @@ class TestStratNetOfPreferences(TestStratNet):
 
 
 def test_every_registered_allocator_has_a_contract_test() -> None:
+    for path in Path(__file__).parent.glob("test_*.py"):  # also when only this file is run
+        import_module(f"tests.unicuco.allocate.{path.stem}")
     contracts = {kind.name for kind in AllocatorContract.__subclasses__()}
     assert set(ALLOCATORS) <= contracts
     context = make_evidence_context(Granularity.LAYER)
