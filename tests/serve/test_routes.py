@@ -355,7 +355,9 @@ def test_nothing_random_brings_the_service_down(client: httpx.Client) -> None:
         test: Callable[[], None] = few(schemathesis_given(operation)(call))
         test()
     assert len(worst) >= 3 * len(operations)
-    assert max(worst)[0] < 500, max(worst)
+    # 503 is what a service without engines answers to whoever wants text.
+    failures = [(status, what) for status, what in worst if status >= 500 and status != 503]
+    assert not failures
 
 
 def schemathesis_given(operation: object) -> Callable[..., Callable[[], None]]:
