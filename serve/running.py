@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from unicuco.errors import ClusterError
 from unicuco.store.database import display_name
 
 APP_NAME: Final = "unicuco"
+_DRAIN_S: Final = 30.0
 _LOG: Final = logging.getLogger("ray.serve")
 
 
@@ -53,7 +55,10 @@ def running(
     }
     _LOG.info("options %s", options)
     try:
-        ray_serve.start(http_options={"host": config.host, "port": config.port})
+        ray_serve.start(
+            http_options={"host": config.host, "port": config.port},
+            proxy_location="HeadOnly",  # one address is told, so one is listened on
+        )
         app = build_app(config, build_cutter=build_cutter)
         ray_serve.run(app, name=name, route_prefix=route_prefix)
     except Exception as error:  # Serve raises plain ones
@@ -62,16 +67,37 @@ def running(
     try:
         yield f"http://{config.host}:{config.port}{route_prefix.rstrip('/')}"
     finally:
+        _drain(name)
         # The application first: its replicas finish while the proxy still carries their answers.
         ray_serve.delete(name)
 
 
-def run_app(config: ServeConfig, *, on_ready: Callable[[str], None]) -> None:
+def _drain(name: str) -> None:
+    """Let everything at hand be finished while the ingress tells new callers to come back later.
+
+    Serve itself would tell them that there is no such path.
+    """
+    deadline = time.monotonic() + _DRAIN_S
+    try:
+        for part in ("ingress", "pruning"):
+            call = ray_serve.get_deployment_handle(part, app_name=name).broadcast("drain")
+            call.results(timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True)
+    except Exception as error:  # Serve's own, or out of time: what is left ends with its replica
+        _LOG.warning("not everything was finished before the end: %r", error)
+
+
+def run_app(
+    config: ServeConfig,
+    *,
+    on_ready: Callable[[str], None],
+    build_cutter: CutterFactory = RunCutter,
+) -> None:
     """Run the service until this process is told to stop, then drain it.
 
     Args:
         config: of the service.
         on_ready: told the URL when the service answers.
+        build_cutter: see `build_app`.
 
     Raises:
         ClusterError: it can't be started.
@@ -83,7 +109,7 @@ def run_app(config: ServeConfig, *, on_ready: Callable[[str], None]) -> None:
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with running(config) as url:
+        with running(config, build_cutter=build_cutter) as url:
             for number in before:
                 signal.signal(number, on_signal)
             on_ready(url)
