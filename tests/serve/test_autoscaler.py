@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from serve.config import ServeConfig
@@ -26,9 +25,9 @@ QUEUED = 16  # four for each of four replicas; three may be
 @contextmanager
 def serving(cluster: Cluster, run: Path, data: Path) -> Iterator[Server]:
     """Run the service on the cluster, and stop it as one stops it."""
+    words = [cluster.address, str(run), str(data), str(free_port())]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.serve.autoscaled_service"]
-        + [cluster.address, str(run), str(data), str(free_port())],
+        [sys.executable, "-m", "tests.serve.autoscaled_service", *words],
         env=cluster.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
