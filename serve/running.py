@@ -49,6 +49,15 @@ def running(
     Raises:
         ClusterError: it can't be started.
     """
+    _start(config, build_cutter, name, route_prefix)
+    try:
+        yield f"http://{config.host}:{config.port}{route_prefix.rstrip('/')}"
+    finally:
+        _drain(name)
+        ray_serve.delete(name)
+
+
+def _start(config: ServeConfig, build_cutter: CutterFactory, name: str, route_prefix: str) -> None:
     options = asdict(config) | {
         "key_digests": f"{len(config.key_digests)} keys",
         "store": display_name(config.jobs_location),
@@ -64,26 +73,25 @@ def running(
     except Exception as error:  # Serve raises plain ones
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ClusterError(f"the service can't be started: {reason}") from error
-    try:
-        yield f"http://{config.host}:{config.port}{route_prefix.rstrip('/')}"
-    finally:
-        _drain(name)
-        # The application first: its replicas finish while the proxy still carries their answers.
-        ray_serve.delete(name)
 
 
-def _drain(name: str) -> None:
-    """Let everything at hand be finished while the ingress tells new callers to come back later.
+def _drain(name: str) -> bool:
+    """Let what is at hand be finished while the ingress tells new callers to come back later.
 
     Serve itself would tell them that there is no such path.
+
+    Returns:
+        Whether nothing is at hand any more.
     """
     deadline = time.monotonic() + _DRAIN_S
     try:
         for part in ("ingress", "pruning"):
             call = ray_serve.get_deployment_handle(part, app_name=name).broadcast("drain")
             call.results(timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True)
-    except Exception as error:  # Serve's own, or out of time: what is left ends with its replica
-        _LOG.warning("not everything was finished before the end: %r", error)
+    except Exception as error:  # Serve's own, or out of time
+        _LOG.warning("not everything is finished yet: %r", error)
+        return False
+    return True
 
 
 def run_app(
@@ -109,12 +117,31 @@ def run_app(
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with running(config, build_cutter=build_cutter) as url:
+        _start(config, build_cutter, APP_NAME, "/")
+        try:
             for number in before:
                 signal.signal(number, on_signal)
-            on_ready(url)
+            on_ready(f"http://{config.host}:{config.port}")
             stop.wait()
+        finally:
+            _end()
     finally:
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]  # Serve's
+        if not _others():
+            ray_serve.shutdown()  # type: ignore[no-untyped-call]  # Serve's
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end() -> None:
+    """End the application, or leave that to the end of Serve.
+
+    Serve's end takes the proxy first, so that nobody is told anything wrong; but answers that are
+    still under way need it, and so do the applications of others.
+    """
+    if not _drain(APP_NAME) or _others():
+        ray_serve.delete(APP_NAME)
+
+
+def _others() -> set[str]:
+    """Return the names of the other applications of this Ray."""
+    return set(ray_serve.status().applications) - {APP_NAME}

@@ -112,4 +112,3 @@ def test_a_service_that_is_stopped_finishes_what_it_has_and_sends_callers_away_f
     assert counts[JobStatus.RUNNING] == counts[JobStatus.FAILED] == 0
     assert counts[JobStatus.QUEUED] > 0
     assert counts[JobStatus.QUEUED] + counts[JobStatus.SUCCEEDED] == len(ids)
-    print(codes)
