@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Final
 
 from ray import serve as ray_serve
@@ -76,19 +75,16 @@ def _by_queue(options: PruningOptions) -> AutoscalingConfig:
         policy_function="serve.scaling:QueuePolicy",
         policy_kwargs={"jobs_per_replica": options.jobs_per_replica},
     )
-    with warnings.catch_warnings():
-        # The interval is to be replaced by variables of the environment, which Ray 2.60 defines
-        # and nowhere reads.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return AutoscalingConfig(
-            min_replicas=options.min_replicas,
-            max_replicas=options.max_replicas,
-            metrics_interval_s=_REPORT_S,
-            look_back_period_s=_LOOK_BACK_S,
-            upscale_delay_s=0.0,
-            downscale_delay_s=options.downscale_delay_s,
-            policy=policy,
-        )
+    return AutoscalingConfig(
+        min_replicas=options.min_replicas,
+        max_replicas=options.max_replicas,
+        # Deprecated for variables of the environment, which Ray 2.60 defines and nowhere reads.
+        metrics_interval_s=_REPORT_S,
+        look_back_period_s=_LOOK_BACK_S,
+        upscale_delay_s=0.0,
+        downscale_delay_s=options.downscale_delay_s,
+        policy=policy,
+    )
 
 
 def _ingress(config: ServeConfig) -> dict[str, Any]:
