@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray
+from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
 from unicuco.errors import ClusterError
@@ -86,6 +87,8 @@ def connect(*, address: str, **options: Any) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every actor warns
+    # What a raylet has to say would come out on stdout, whatever `log_to_driver` is.
+    ray_worker._worker_logs_enabled = False
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # Ray raises plain ones too

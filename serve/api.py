@@ -7,7 +7,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from starlette.types import ASGIApp
 
 from serve.errors import install_handlers, overloaded, response
 from serve.gate import Gate
@@ -16,7 +15,7 @@ from serve.schema import ErrorBody
 from serve.service import Service
 
 
-def build_api(service: Service) -> ASGIApp:
+def build_api(service: Service) -> Gate:
     """Return the application whose routes use ``service``."""
     return Gate(build_routes(service), service.config, service.metrics)
 

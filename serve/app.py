@@ -8,20 +8,15 @@ from ray import serve as ray_serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from serve.config import ServeConfig
+from serve.config import PruningOptions, ServeConfig
 from serve.ingress import Ingress
 from serve.models import bind_models
 from serve.pruning import Pruning
 from serve.strategies import Strategies
 from serve.worker import CutterFactory, RunCutter
 
-# Serve takes a replica's metrics every 6 s and pushes them every 10 s, unless told otherwise where
-# the replica starts: here both every half second.
-_LOOK_BACK_S: Final = 10.5  # what Serve wants at least; only the newest report counts
-_METRICS: Final = {
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
-    "RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR": str(0.5 / _LOOK_BACK_S),
-}
+_REPORT_S: Final = 0.5  # how often a replica tells the queue's length; only the newest counts
+_LOOK_BACK_S: Final = 5 * _REPORT_S
 _DRAIN_S: Final = 30.0
 
 
@@ -67,25 +62,29 @@ def _pruning(config: ServeConfig) -> dict[str, Any]:
     options = config.pruning
     return {
         "name": "pruning",
-        "ray_actor_options": {
-            "num_cpus": options.num_cpus,
-            "runtime_env": {"env_vars": _METRICS},
-        },
-        "autoscaling_config": AutoscalingConfig(
-            min_replicas=options.min_replicas,
-            max_replicas=options.max_replicas,
-            look_back_period_s=_LOOK_BACK_S,
-            upscale_delay_s=0.0,
-            downscale_delay_s=options.downscale_delay_s,
-            policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]  # Serve's
-                policy_function="serve.scaling:QueuePolicy",
-                policy_kwargs={"jobs_per_replica": options.jobs_per_replica},
-            ),
-        ),
+        "ray_actor_options": {"num_cpus": options.num_cpus},
+        "autoscaling_config": _by_queue(options),
         "graceful_shutdown_timeout_s": _DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 5.0,
     }
+
+
+def _by_queue(options: PruningOptions) -> AutoscalingConfig:
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]  # Serve's
+        policy_function="serve.scaling:QueuePolicy",
+        policy_kwargs={"jobs_per_replica": options.jobs_per_replica},
+    )
+    return AutoscalingConfig(
+        min_replicas=options.min_replicas,
+        max_replicas=options.max_replicas,
+        # Deprecated for variables of the environment, which Ray 2.60 defines and nowhere reads.
+        metrics_interval_s=_REPORT_S,
+        look_back_period_s=_LOOK_BACK_S,
+        upscale_delay_s=0.0,
+        downscale_delay_s=options.downscale_delay_s,
+        policy=policy,
+    )
 
 
 def _ingress(config: ServeConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A plain ASGI application around the routes. What it does not know: any route.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -23,6 +24,8 @@ from serve.metrics import Metrics
 
 _LOG: Final = logging.getLogger("ray.serve")
 _OPEN: Final = frozenset({"/health", "/ready"})
+_STOPPED_FOR_S: Final = 10  # what a new start takes, about
+_POLL_S: Final = 0.05
 _METHODS: Final = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
 
 
@@ -51,6 +54,13 @@ class Gate:
         self._digests = tuple(digest.encode() for digest in config.key_digests)
         self._metrics = metrics
         self._in_flight = 0
+        self._is_draining = False
+
+    async def drain(self) -> None:
+        """Refuse whoever comes from now on; return when all the others are answered."""
+        self._is_draining = True
+        while self._in_flight:
+            await asyncio.sleep(_POLL_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request."""
@@ -105,6 +115,10 @@ class Gate:
     def _check(self, scope: Scope, headers: Headers) -> None:
         if get_route_path(scope) not in _OPEN:
             self._check_caller(scope, headers)
+        if self._is_draining and get_route_path(scope) != "/health":
+            raise ApiError(
+                503, "stopping", "the service is being stopped", retry_after_s=_STOPPED_FOR_S
+            )
         if self._in_flight > self._bounds.max_in_flight:
             raise overloaded(f"{self._bounds.max_in_flight} requests are being answered")
         length = headers.get("content-length", "0")

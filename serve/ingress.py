@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve.catalogue import Catalogue
 from serve.config import ServeConfig
 from serve.handles import Handle
+
+if TYPE_CHECKING:
+    from serve.gate import Gate
 
 
 class Ingress:
@@ -35,10 +38,18 @@ class Ingress:
             pruning=handles["pruning"],
             models=handles.get("models"),
         )
+        self._gate: Gate | None = None
 
     # Any: an ASGI application, as Ray Serve asks for it after construction.
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application."""
         from serve.api import build_api
 
-        return build_api(self._service)
+        self._gate = build_api(self._service)
+        return self._gate
+
+    async def drain(self) -> None:
+        """Refuse whoever comes from now on; return when all the others are answered."""
+        self._service.is_draining = True
+        if self._gate is not None:
+            await self._gate.drain()

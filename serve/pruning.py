@@ -49,6 +49,11 @@ class Pruning:
         self._thread = threading.Thread(target=self._work, name="unicuco-pruning", daemon=True)
         self._thread.start()
 
+    async def drain(self) -> None:
+        """Take no other job; return when the one at hand is finished."""
+        self._stopping.set()
+        await asyncio.to_thread(self._thread.join)
+
     def __del__(self) -> None:
         """Finish the job at hand and take no other: Serve calls this before it ends a replica."""
         self._stopping.set()
@@ -64,8 +69,8 @@ class Pruning:
         return self._thread.is_alive()
 
     def check_health(self) -> None:
-        """Raise if the worker has ended; Serve then replaces this replica."""
-        if not self._thread.is_alive():
+        """Raise if the worker has ended unasked; Serve then replaces this replica."""
+        if not self._thread.is_alive() and not self._stopping.is_set():
             raise RuntimeError("the worker's thread has ended")
 
     def _work(self) -> None:

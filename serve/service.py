@@ -26,6 +26,7 @@ class Service:
     """The parts behind the routes.
 
     ``models`` is the handle of the deployment that talks, or none where it was left out.
+    ``is_draining``: the service is being stopped, and what has no end of its own must end.
     """
 
     config: ServeConfig
@@ -37,6 +38,7 @@ class Service:
     pruning: Handle
     models: Handle | None
     num_streams: int = 0
+    is_draining: bool = False
 
     async def store(self, work: Callable[[JobStore], T]) -> T:
         """Do something with the jobs' database without holding up other requests."""

@@ -158,7 +158,7 @@ async def _told(service: Service, job_id: str, after: int) -> AsyncIterator[byte
     service.num_streams += 1
     try:
         polls = 0
-        while True:
+        while not service.is_draining:  # whoever listens comes back with the last id
             events = await service.store(news)
             for event in events:
                 after = event.id

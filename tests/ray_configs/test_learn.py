@@ -19,7 +19,11 @@ def test_the_example_describes_a_run_with_the_defaults_of_the_command_line() -> 
 
 
 def test_every_file_here_has_a_test() -> None:
-    assert {path.name for path in CONFIGS.iterdir()} == {"learn.yaml", "serve.yaml"}
+    assert {path.name for path in CONFIGS.iterdir()} == {
+        "learn.yaml",
+        "local-autoscaling.yaml",
+        "serve.yaml",
+    }
 
 
 def test_a_job_has_the_options_of_the_command_line_with_the_same_defaults() -> None:

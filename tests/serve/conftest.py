@@ -14,6 +14,8 @@ import pytest
 
 from serve.config import Bounds, EngineOptions, PruningOptions, ServeConfig, StrategyOptions
 
+STREAMS = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
@@ -51,7 +53,7 @@ def small_config(run: Path, data: Path, port: int, **changes: object) -> ServeCo
         "strategies": StrategyOptions(num_cpus=0.01, max_replicas=1),
         "pruning": PruningOptions(num_cpus=0.01, downscale_delay_s=4.0),
         "engines": EngineOptions(max_engines=0),
-        "bounds": Bounds(max_requests=100, max_body_bytes=100_000),
+        "bounds": Bounds(max_requests=100, max_body_bytes=100_000, max_streams=STREAMS),
     }
     return ServeConfig.of_runs([run], data=data, port=port, **{**options, **changes})  # type: ignore[arg-type]
 

@@ -12,11 +12,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import ray
+
 from serve.catalogue import Catalogue
 from serve.worker import RunCutter
 from unicuco.types import Request
 
 SLOW_S = 1.0
+NOTES = "cuts.txt"
 DIES_BEFORE, DIES_AFTER, DIES_ALWAYS, SLOW = 1, 2, 3, 5
 
 
@@ -48,3 +51,20 @@ class ChaosCutter:
         except FileExistsError:
             return
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class NotingCutter(ChaosCutter):
+    """Notes which node cut what, one line each: node, job, token."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        super().__init__(catalogue)
+        self._notes = self._staging.parent / NOTES
+
+    def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
+        """Cut and note."""
+        document = super().cut(run_id, request, out)
+        job_id, _, token = out.name.rpartition(".")
+        node = ray.get_runtime_context().get_node_id()
+        with self._notes.open("a", encoding="utf-8") as notes:  # one short write: whole lines
+            notes.write(f"{node} {job_id} {token}\n")
+        return document

@@ -121,3 +121,32 @@ def test_an_error_of_the_service_passes_as_it_is() -> None:
 def test_a_wrong_or_large_length_is_413_before_the_body_is_read(length: str) -> None:
     answer = call(gate(), **{"Content-Length": length})
     assert (answer.status_code, code(answer)) == (413, "body_too_large")
+
+
+def test_a_gate_that_is_draining_waits_for_those_inside_and_sends_the_others_away() -> None:
+    release = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await release.wait()
+        await fine(scope, receive, send)
+
+    async def story() -> list[httpx.Response]:
+        app = gate(slow)
+        transport = httpx.ASGITransport(app=app, client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as caller:
+            inside = asyncio.create_task(caller.get("/v1/models"))
+            await asyncio.sleep(0)
+            draining = asyncio.create_task(app.drain())
+            await asyncio.sleep(0.01)
+            refused = [await caller.get(path) for path in ("/v1/models", "/ready")]
+            assert not draining.done()
+            release.set()
+            alive = await caller.get("/health")
+            await asyncio.wait_for(draining, 5)
+            return [await inside, alive, *refused]
+
+    inside, alive, *refused = asyncio.run(story())
+    assert inside.status_code == alive.status_code == 200
+    for answer in refused:
+        assert (answer.status_code, code(answer)) == (503, "stopping")
+        assert int(answer.headers["Retry-After"]) > 0

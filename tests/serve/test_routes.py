@@ -340,6 +340,8 @@ def test_nothing_random_brings_the_service_down(client: httpx.Client) -> None:
         if case.path.endswith("/events"):
             case.headers = {**(case.headers or {}), "Accept": "application/json"}
         answer = case.call(base_url=str(client.base_url))
+        if answer.status_code == 503 and answer.json()["error"]["code"] == "no_engine":
+            return  # the variant is there by now, and this service has nothing that talks
         worst.append((answer.status_code, f"{case.method} {case.path} {case.body!r}"[:500]))
 
     few = settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 
+_HOST_AND_PORT = re.compile(r"[^/\s]+:\d{1,5}")
 _OBJECTS_BYTES = 64 * 2**20  # Serve passes bodies and answers, never weights
 
 
@@ -31,7 +33,11 @@ def serve(
     ] = 1,
     pruners: Annotated[int, typer.Option("--pruners", min=1, help="Pruning replicas at most.")] = 4,
     address: Annotated[
-        str, typer.Option("--address", help="local: a Ray of its own; auto: the running one.")
+        str,
+        typer.Option(
+            "--address",
+            help="local: a Ray of its own; auto or HOST:PORT: a running one that has a node here.",
+        ),
     ] = "local",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -54,8 +60,8 @@ def serve(
             engines=EngineOptions(max_engines=engines),
             pruning=PruningOptions(max_replicas=pruners),
         )
-        if address not in ("local", "auto"):
-            raise RequestError(f"--address must be local or auto, got {address!r}")
+        if address not in ("local", "auto") and not _HOST_AND_PORT.fullmatch(address):
+            raise RequestError(f"--address must be local, auto or HOST:PORT, got {address!r}")
         from cluster.local_ray import connect, local_ray
         from serve.running import run_app
         from unicuco.pipeline import Run
@@ -70,6 +76,6 @@ def serve(
             terminal.show(document, f"[bold]{url}[/bold] answers; docs at {url}/docs")
 
         with local_ray(_OBJECTS_BYTES) if address == "local" else nullcontext():
-            if address == "auto":
-                connect(address="auto")
+            if address != "local":
+                connect(address=address)
             run_app(config, on_ready=tell)

@@ -92,7 +92,8 @@ def test_a_killed_service_that_is_started_again_finishes_its_jobs_and_stops_when
     [
         (["--host", "0.0.0.0"], "set UNICUCO_API_KEYS"),
         (["--port", "0"], "port must be in"),
-        (["--address", "here"], "--address must be local or auto"),
+        (["--address", "here"], "--address must be local, auto or HOST:PORT"),
+        (["--address", "ray://here:10001"], "--address must be local, auto or HOST:PORT"),
     ],
 )
 def test_wrong_use_is_one_line_and_starts_nothing(
@@ -102,6 +103,16 @@ def test_wrong_use_is_one_line_and_starts_nothing(
     assert result.code == 2
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "data").exists()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(
+    unicuco: Runner, tiny_run: Path, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    result = unicuco("serve", tiny_run, "--data", tmp_path / "data", "--address", address)
+    assert result.code == 1
+    assert f"nothing answers at {address}" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_folder_that_is_no_run_is_one_line(unicuco: Runner, tmp_path: Path) -> None:
