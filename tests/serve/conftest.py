@@ -50,7 +50,7 @@ def free_port() -> int:
 def small_config(run: Path, data: Path, port: int, **changes: object) -> ServeConfig:
     """Return a configuration that fits beside everything else on two cores."""
     options: dict[str, object] = {
-        "strategies": StrategyOptions(num_cpus=0.01, max_replicas=1),
+        "strategies": StrategyOptions(num_cpus=0.01, max_replicas=1, batch_wait_s=0.05),
         "pruning": PruningOptions(num_cpus=0.01, downscale_delay_s=4.0),
         "engines": EngineOptions(max_engines=0),
         "bounds": Bounds(max_requests=100, max_body_bytes=100_000, max_streams=STREAMS),
