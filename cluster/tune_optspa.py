@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ from unicuco.search.request import RequestConfig
 from unicuco.types import Strategy
 
 _METRIC: Final = "kl"
+_MAX_PARTS: Final = 4  # of an experiment that is killed again and again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,9 @@ def tune_optspa(
 ) -> TuneReport:
     """Search one request on the Ray that this process is connected to.
 
+    A driver killed at a bad moment leaves an experiment whose sampler is ahead of its trials; what
+    it then lacks is made up for by a further part.
+
     Args:
         evaluator: the evaluators' configuration.
         arrays: weights, ranks and text, by name; put into Ray's memory once.
@@ -109,16 +114,29 @@ def tune_optspa(
         ),
         {"cpu": min(1.0, math.floor(1000 * cpus / at_once) / 1000)},
     )
-    path = folder.absolute()
+    results: list[tune.Result] = []
+    for part in range(_MAX_PARTS):
+        path = folder.absolute() / f"part-{part}"
+        options = _tune_config(request.seed + part, trials - len(results), at_once)
+        results += _fit(trainable, path, options)
+        if len(results) >= trials:
+            break
+    return _report(results, request)
+
+
+# Any: a trainable with its resources and parameters
+def _fit(trainable: Any, path: Path, options: tune.TuneConfig) -> list[tune.Result]:
+    """Begin an experiment in ``path``, or go on with the one that is there."""
     if tune.Tuner.can_restore(str(path)):
         tuner = tune.Tuner.restore(str(path), trainable=trainable, restart_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
-            tune_config=_tune_config(request.seed, trials, at_once),
+            tune_config=options,
             run_config=tune.RunConfig(name=path.name, storage_path=str(path.parent), verbose=0),
         )
-    return _report(tuner.fit(), request)
+    grid = tuner.fit()
+    return [grid[index] for index in range(len(grid))]
 
 
 def _tune_config(seed: int, trials: int, at_once: int) -> tune.TuneConfig:
@@ -138,9 +156,8 @@ def _tune_config(seed: int, trials: int, at_once: int) -> tune.TuneConfig:
     )
 
 
-def _report(results: tune.ResultGrid, request: RequestConfig) -> TuneReport:
-    found = [results[index] for index in range(len(results))]
-    done = [(r.config or {}, r.metrics) for r in found if r.metrics and _METRIC in r.metrics]
+def _report(results: Sequence[tune.Result], request: RequestConfig) -> TuneReport:
+    done = [(r.config or {}, r.metrics) for r in results if r.metrics and _METRIC in r.metrics]
     if not done:
         raise ClusterError(
             "no trial of optspa succeeded: see the errors in the experiment's folder"

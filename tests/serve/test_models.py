@@ -107,11 +107,13 @@ def test_a_variant_is_in_use_while_a_call_runs_or_waits_and_not_afterwards(
     config: ServeConfig,
 ) -> None:
     async def work(models: Models, engine: StreamingEcho) -> None:
-        running = asyncio.create_task(talk(models, call("run:one", tokens=40)))
-        waiting = asyncio.create_task(talk(models, call("run:two")))
-        await asyncio.sleep(0.2)
+        running = asyncio.create_task(talk(models, call("run:one", tokens=400)))
+        while not await models.in_use("run:one"):
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(talk(models, call("run:two", tokens=400)))
+        while not await models.in_use("run:two"):
+            await asyncio.sleep(0.01)
         assert await models.in_use("run:one")
-        assert await models.in_use("run:two")
         assert not await models.in_use("run")
         await asyncio.gather(running, waiting)
         assert not await models.in_use("run:one")

@@ -124,7 +124,7 @@ class TestStratNetOfPreferences(TestStratNet):
 def test_every_registered_allocator_has_a_contract_test() -> None:
     for path in Path(__file__).parent.glob("test_*.py"):  # also when only this file is run
         import_module(f"tests.unicuco.allocate.{path.stem}")
-    contracts = {kind.name for kind in AllocatorContract.__subclasses__()}
+    contracts = {getattr(kind, "name", None) for kind in AllocatorContract.__subclasses__()}
     assert set(ALLOCATORS) <= contracts
     context = make_evidence_context(Granularity.LAYER)
     assert all(make(context).name == name for name, make in ALLOCATORS.items())
