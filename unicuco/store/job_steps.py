@@ -69,6 +69,10 @@ def known_job(connection: Connection, new: NewJob) -> Job | None:
     Raises:
         JobConflictError: the key was used with another body, or the name is taken.
     """
+    # The name is looked up before the key, for another caller may commit in between: whoever finds
+    # the name taken then finds the key that took it.
+    taken = connection.execute(select(JOBS.c.id).where(JOBS.c.name_held == new.compressed_model))
+    owner = taken.scalar_one_or_none()
     if new.idempotency_key is not None:
         query = select(JOBS).where(JOBS.c.idempotency_key == new.idempotency_key)
         row = connection.execute(query).mappings().one_or_none()
@@ -79,8 +83,6 @@ def known_job(connection: Connection, new: NewJob) -> Job | None:
                     "this Idempotency-Key was used with another body; use a new one",
                 )
             return read_job(row)
-    taken = connection.execute(select(JOBS.c.id).where(JOBS.c.name_held == new.compressed_model))
-    owner = taken.scalar_one_or_none()
     if owner is not None:
         raise JobConflictError(
             "name_taken",

@@ -19,6 +19,7 @@ from tests.serve.talking.conftest import NUM_VARIANTS, Talking
 # Under pytest-xdist these share the one service of one worker.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("talking"), pytest.mark.timeout(1200)]
 
+HOT = {"temperature": 2.0, "seed": 1}
 PROMPTS = ["def main(argv):\n    ", "import os\n\n", "class Reader:\n    def ", "    return self."]
 
 
@@ -138,8 +139,8 @@ def test_a_client_that_goes_away_aborts_its_request(talking: Talking) -> None:
         return status["queued"] == 0 and not any(e["running"] for e in status["engines"])
 
     assert wait_until(idle, 60)
-    # Long enough that it could not have ended by itself.
-    body = {"model": "python:v4", "prompt": "x = [1, ", "max_tokens": 480, "n": 32}
+    # Long enough, and hot enough, that it could not have ended by itself.
+    body = {"model": "python:v4", "prompt": "x = [1, ", "max_tokens": 480, "n": 32, **HOT}
     with talking.http() as http:
         with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
             next(answer.iter_lines())
@@ -152,8 +153,9 @@ def test_a_client_that_goes_away_aborts_its_request(talking: Talking) -> None:
 
 def test_a_variant_is_not_deleted_while_it_is_served_and_gone_afterwards(talking: Talking) -> None:
     body = {
-        # Long enough that it could not have ended by itself.
-        "model": "python:gone", "prompt": "x = [1, ", "max_tokens": 480, "n": 32, "stream": True
+        # Long enough, and hot enough, that it could not have ended by itself.
+        "model": "python:gone", "prompt": "x = [1, ", "max_tokens": 480, "n": 32, "stream": True,
+        **HOT,
     }  # fmt: skip
     with talking.http() as http:
         job = http.post(
