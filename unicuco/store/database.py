@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from queue import SimpleQueue
+from threading import Thread
+from typing import Final, TypeVar, cast
+from weakref import finalize
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -30,7 +32,9 @@ class Database:
     """Runs transactions, one after the other, in a thread of its own.
 
     An interrupt (Ctrl-C, a signal's handler that raises) reaches the main thread only, so none
-    can cut a transaction in half and leave its locks behind.
+    can cut a transaction in half and leave its locks behind. The two threads meet in queues
+    written in C: one of Python's own conditions (``Future``, ``queue.Queue``) stays locked for ever
+    when an interrupt falls between taking its lock and entering its ``with``.
 
     Args:
         engine: of the database.
@@ -40,7 +44,13 @@ class Database:
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicuco-store")
+        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        # As a daemon: a store that nobody closed keeps no process alive.
+        Thread(
+            target=_work_off, args=(self._orders, self._ended), name="unicuco-store", daemon=True
+        ).start()
+        self._end = finalize(self, self._orders.put, None)
 
     def run(self, work: Callable[[Connection], T], *, writes: bool = True) -> T:
         """Do ``work`` in one transaction, durable when this returns; undone if it raises.
@@ -49,11 +59,27 @@ class Database:
             RunError: the file is damaged or is no database.
             StorageError: the disk or server refused.
         """
-        return self._thread.submit(self._run, work, writes).result()
+        answers: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+        def order() -> None:
+            try:
+                answers.put((self._run(work, writes), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        if not self._end.alive:
+            raise StorageError(f"{self.name} was closed")
+        self._orders.put(order)
+        result, error = answers.get()
+        if error is not None:
+            raise error
+        return cast("T", result)
 
     def close(self) -> None:
         """Close every connection, after the transactions that were begun. May be repeated."""
-        self._thread.shutdown(wait=True)
+        if self._end.alive:
+            self._end()
+            self._ended.get()
         self.engine.dispose()
 
     def _run(self, work: Callable[[Connection], T], writes: bool) -> T:
@@ -63,6 +89,13 @@ class Database:
             connection.begin(),
         ):
             return work(connection)
+
+
+def _work_off(orders: SimpleQueue[Callable[[], None] | None], ended: SimpleQueue[None]) -> None:
+    while (order := orders.get()) is not None:
+        order()
+        del order  # or it would hold its caller's objects until the next one comes
+    ended.put(None)
 
 
 def is_url(location: str | Path) -> bool:
