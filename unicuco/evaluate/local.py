@@ -18,14 +18,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from unicuco.dimensions import Granularity, build_cost
 from unicuco.errors import EvaluationError
@@ -37,6 +36,9 @@ from unicuco.pruners import LevelPruner
 from unicuco.ranks import cut
 from unicuco.rows import RowRule
 from unicuco.types import Evaluation, ModelProfile, Site, Strategy, TaskValue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from unicuco.models.access import block_module, read_site, site_module
 from unicuco.models.folder import check_model_folder, model_digest, resolve_model, weight_files
+from unicuco.models.lean import import_lean
 
 if TYPE_CHECKING:
     from unicuco.models.load import (
@@ -35,6 +36,7 @@ _HEAVY: Final = {
 def __getattr__(name: str) -> object:
     """Import what needs transformers when it is asked for."""
     if name in _HEAVY:
+        import_lean()
         return getattr(import_module(f"unicuco.models.{_HEAVY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -10,8 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from unicuco.calibration import TokenSet
 from unicuco.errors import TextError
@@ -19,6 +18,9 @@ from unicuco.evaluate import LocalEvaluator
 from unicuco.pipeline.preparation import Prepared
 from unicuco.rows import RowRule
 from unicuco.types import Strategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

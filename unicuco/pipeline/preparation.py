@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
 from unicuco.calibration import Sampling, TokenSet, collect_input_norms, sample_clustered
@@ -46,6 +45,9 @@ from unicuco.space import StrategySpace
 from unicuco.store import Measurement
 from unicuco.surrogate import SurrogateOptions
 from unicuco.types import ModelProfile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

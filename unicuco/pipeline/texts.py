@@ -10,15 +10,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from unicuco.allocate import TextPart
 from unicuco.calibration import TokenSet, read_text, token_windows
 from unicuco.errors import TextError
 from unicuco.reference.corpus import TextName, held_out_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MAX_CONTEXT: Final = 512
 _PARTS: Final[tuple[TextName, ...]] = ("calibration", "search", "validation")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -237,3 +239,13 @@ def tiny_bert() -> BertConfig:
         num_attention_heads=2,
         intermediate_size=32,
     )
+
+
+def test_models_load_without_what_only_assisted_generation_wants() -> None:
+    code = (
+        "import sys; from unicuco.models import load_model; import transformers.utils as utils;"
+        "print('sklearn' in sys.modules, 'pandas' in sys.modules, utils.is_sklearn_available())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert out.stdout.split() == ["False", "False", "True"]
