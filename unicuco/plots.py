@@ -1,8 +1,8 @@
-"""The two pictures of a run: its trade-off front, and its strategies as a heat map.
+"""The pictures of a run: front, strategies as a heat map, learning curve, predictions.
 
-Drawn without pyplot, so that nothing global is touched and any thread may draw. Written under a
-temporary name and renamed. Matplotlib takes a second to import, so that happens at the first
-drawing. What it does not know: runs and models; it is given numbers.
+PNG or SVG, as the file's name ends. Drawn without pyplot, so that nothing global is touched and any
+thread may draw. Written under a temporary name and renamed. Matplotlib takes a second to import, so
+that happens at the first drawing. What it does not know: runs and models; it is given numbers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def plot_front(
     """Draw KL (logarithmic) against sparsity: prediction with 95% band, measured points, rivals.
 
     Args:
-        path: the PNG file to write; replaced as a whole.
+        path: the file to write; replaced as a whole.
         front: predicted points, in any order.
         measured: what the run's own strategies measured, one point each.
         uniform: measured KL of uniform pruning.
@@ -93,7 +93,7 @@ def plot_comparison(path: Path, curves: Mapping[str, Curve], *, caption: str = "
     """Draw KL (logarithmic) against sparsity, one line per allocator; StratNet's stands out.
 
     Args:
-        path: the PNG file to write; replaced as a whole.
+        path: the file to write; replaced as a whole.
         curves: measured points by allocator.
         caption: where the numbers come from, printed small below.
 
@@ -122,7 +122,7 @@ def plot_strategies(
     """Draw how a target sparsity is spread over sites, and how far from the target each one is.
 
     Args:
-        path: the PNG file to write; replaced as a whole.
+        path: the file to write; replaced as a whole.
         targets: ``t`` target sparsities, ascending, in [0, 1).
         sites: ``l`` short site names ``block.site``, in model order, e.g. ``3.q_proj``.
         sparsity: ``l x t``, fraction dropped of each site at each target.
@@ -157,6 +157,59 @@ def plot_strategies(
     for axes in (left, right):
         _finish_heat_map(axes, sites)
     _caption(figure, caption)
+    _save(figure, path)
+
+
+def plot_learning(path: Path, curve: Curve) -> None:
+    """Draw how far learning had come, against what had been spent.
+
+    Args:
+        path: the file to write; replaced as a whole.
+        curve: points (units, hypervolume), units rising.
+
+    Raises:
+        OSError: the file can't be written; nothing is left behind.
+    """
+    figure = _figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    axes.step(
+        [x for x, _ in curve], [y for _, y in curve], color=_BLUE, linewidth=2.0, where="post"
+    )
+    axes.set_xlabel("units spent", color=_INK)
+    axes.set_ylabel("hypervolume", color=_INK)
+    _finish(axes)
+    _save(figure, path)
+
+
+def plot_predictions(
+    path: Path, predictions: Sequence[Prediction], measured: Sequence[float]
+) -> None:
+    """Draw predicted KL with its 95% interval against measured KL, both logarithmic.
+
+    Args:
+        path: the file to write; replaced as a whole.
+        predictions: ``n`` of them, in nats per token.
+        measured: ``n`` KLs of the same strategies.
+
+    Raises:
+        OSError: the file can't be written; nothing is left behind.
+    """
+    figure = _figure(5.2, 4.6)
+    axes = figure.add_subplot()
+    x = np.maximum(measured, _FLOOR)
+    low, mean, high = (
+        np.maximum([getattr(p, name) for p in predictions], _FLOOR)
+        for name in ("lo95", "mean", "hi95")
+    )
+    ends = [min(x.min(), low.min()), max(x.max(), high.max())]
+    axes.plot(ends, ends, "--", color=_GREY, linewidth=1.0)
+    errors = np.stack([mean - low, high - mean])
+    axes.errorbar(x, mean, yerr=errors, fmt="o", color=_BLUE, markersize=4, elinewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("measured KL, nats per token", color=_INK)
+    axes.set_ylabel("predicted KL, with 95% interval", color=_INK)
+    _finish(axes)
     _save(figure, path)
 
 
@@ -213,12 +266,16 @@ def _finish_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("sparsity (fraction of site weights dropped)", color=_INK)
     axes.set_ylabel("KL(dense ‖ variant), nats per token", color=_INK)
-    axes.grid(visible=True, which="major", color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _finish(axes)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: not labels[index].startswith("StratNet"))
     axes.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False)
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(visible=True, which="major", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _finish_heat_map(axes: Axes, sites: Sequence[str]) -> None:
@@ -270,10 +327,12 @@ def _caption(figure: Figure, caption: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
+    kind = path.suffix.lower().removeprefix(".")
+    kind = kind if kind in {"png", "svg"} else "png"
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".{kind}")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            figure.savefig(file, format="png", facecolor="white")
+            figure.savefig(file, format=kind, facecolor="white")
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)

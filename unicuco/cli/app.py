@@ -23,6 +23,7 @@ from unicuco.cli import (
     learn,
     plan,
     prune,
+    report,
     serve,
 )
 from unicuco.cli.failure import describe_failure
@@ -41,6 +42,7 @@ app.command()(prune.prune)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
 app.command()(front.front)
+app.command()(report.report)
 app.command()(generate.generate)
 app.command()(serve.serve)
 app.command()(doctor.doctor)

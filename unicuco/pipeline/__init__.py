@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unicuco.pipeline.pictures import draw_front, draw_strategies
     from unicuco.pipeline.planner import FrontPoint, Planner
     from unicuco.pipeline.pruning import prune
+    from unicuco.pipeline.report import write_report
     from unicuco.pipeline.run import Run
     from unicuco.search.drive import Progress
 
@@ -42,6 +43,7 @@ _MODULES: Final = {
     "evaluate_variant": "unicuco.pipeline.evaluation",
     "learn": "unicuco.pipeline.learning",
     "prune": "unicuco.pipeline.pruning",
+    "write_report": "unicuco.pipeline.report",
     "Progress": "unicuco.search.drive",
 }
 
@@ -74,4 +76,5 @@ __all__ = [
     "evaluate_variant",
     "learn",
     "prune",
+    "write_report",
 ]
