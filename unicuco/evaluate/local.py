@@ -46,6 +46,7 @@ _BFLOAT16: Final = (
     "bfloat16/"  # numpy has no bfloat16: such tensors travel as int16 under this prefix
 )
 _COST_WITH_DERIVATIVES: Final = 3.0
+_UNKNOWN: Final = -1  # dropped weights of a site whose cut did not end
 _WINDOWS_PER_PASS: Final = 1  # more are no faster, and need more memory for activations
 
 
@@ -211,9 +212,11 @@ class LocalEvaluator:
                 offsets = None if rows is None else rows.of(site.path)
                 same = drops[site.path] == self._dropped[site.path]
                 if not (same and offsets is None and self._rows.get(site.path) is None):
+                    # Until it is cut, nobody may take it for what it was: a cut may fail.
+                    self._dropped[site.path] = _UNKNOWN
                     self._cut(site, drops[site.path], offsets)
                 self._rows[site.path] = offsets
-        self._dropped = drops
+                self._dropped[site.path] = drops[site.path]
         self._cost.apply(self._model, strategy.values)
 
     def _cut(self, site: Site, num_dropped: int, rows: Tensor | None) -> None:

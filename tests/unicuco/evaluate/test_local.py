@@ -5,6 +5,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from unicuco.calibration import token_windows
 from unicuco.dimensions import Granularity
-from unicuco.errors import EvaluationError
+from unicuco.errors import EvaluationError, RunError
 from unicuco.evaluate import LocalEvaluator
 from unicuco.evaluate.local import pack_model
 from unicuco.models import load_tokenizer, read_site
@@ -21,7 +22,7 @@ from unicuco.rows import RowRule
 from unicuco.search.drive import outcome_of
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
 from unicuco.testing.tiny import tiny_model_folder
-from unicuco.types import Ask, FailedEvaluation, Strategy
+from unicuco.types import Ask, FailedEvaluation, Site, Strategy
 
 
 def random_strategy(case: EvaluationCase, sparsity: float, seed: int = 0) -> Strategy:
@@ -83,6 +84,27 @@ def test_no_strategy_leaves_a_trace_on_the_next(case: EvaluationCase) -> None:
         for k in (3, 0, 4, 2, 1):
             derivatives = k % 2 == 0
             assert evaluator.evaluate(strategies[k], derivatives=derivatives).kl == fresh[k]
+
+
+def test_a_cut_that_fails_spoils_no_later_strategy(
+    case: EvaluationCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = case.evaluator()
+    before, failing = random_strategy(case, 0.3), random_strategy(case, 0.6, seed=1)
+    expected = evaluator.evaluate(before).kl
+    last = case.loaded.profile.sites[-1].path
+
+    def cut_all_but_the_last(self: LocalEvaluator, site: Site, *rest: Any) -> None:
+        if site.path == last:
+            raise RunError("the level can't be read")
+        whole(self, site, *rest)
+
+    whole = LocalEvaluator._cut
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEvaluator, "_cut", cut_all_but_the_last)
+        with pytest.raises(RunError):
+            evaluator.evaluate(failing)
+    assert evaluator.evaluate(before).kl == expected
 
 
 def test_fewer_tokens_are_the_first_windows_and_cost_their_share(case: EvaluationCase) -> None:
