@@ -80,7 +80,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     # A missing or damaged tokenizer surfaces as almost any exception type, by family.
     except Exception as error:
         raise ModelError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -211,6 +212,22 @@ def test_the_tokenizer_beside_a_model_reads_and_writes_bytes(tmp_path: Path) -> 
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
+
+
+def test_code_beside_a_tokenizer_never_runs_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model_folder(tmp_path / "m", "llama")
+    trace = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    with contextlib.suppress(ModelError):  # the files may be read without that class, or refused
+        load_tokenizer(folder)
+    assert not asked
+    assert not trace.exists()
 
 
 def test_a_missing_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
