@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
-from unicuco.errors import RunError, StorageError
+from unicuco.errors import RunError, StorageError, UnicucoError
 from unicuco.evaluate import LocalEvaluator
 from unicuco.levels import LevelDatabase
 from unicuco.pipeline.backend import Backend
@@ -81,8 +81,10 @@ def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) ->
 
 @contextmanager
 def _opened(options: LearnOptions) -> Iterator[EvaluationStore]:
-    """Open the run's folder and store; a folder made for a run that never began goes again."""
-    made = not options.out.exists()
+    """Open the run's folder and store; what was made for a run that never began goes again."""
+    folder = options.out
+    was_empty = not (folder.is_dir() and any(folder.iterdir()))
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     begun = False
     _open_folder(options)
     try:
@@ -91,11 +93,29 @@ def _opened(options: LearnOptions) -> Iterator[EvaluationStore]:
             try:
                 yield store
             finally:
-                begun = store.get_meta("prepared") is not None
+                begun = _has_begun(store)
     except BaseException:
-        if made and not begun:
-            shutil.rmtree(options.out, ignore_errors=True)
+        if was_empty and not begun:
+            _empty(folder)
+            for place in made:
+                with suppress(OSError):  # somebody else's file came meanwhile
+                    place.rmdir()
         raise
+
+
+def _has_begun(store: EvaluationStore) -> bool:
+    try:
+        return store.get_meta("prepared") is not None
+    except UnicucoError:
+        return True  # what can't be told apart from a run is kept
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _open_folder(options: LearnOptions) -> None:
@@ -108,6 +128,8 @@ def _open_folder(options: LearnOptions) -> None:
         raise RunError(
             f"{folder} holds an unfinished run; add --resume to go on, or choose another folder"
         )
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; choose another place for the run")
     if folder.exists() and not (folder / _DATABASE).exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run; choose another folder")
     try:
@@ -321,9 +343,9 @@ def _write(
             for name in ("stratnet.safetensors", "surrogate.safetensors", "fisher.safetensors")
         },
     }
-    save_json(folder / MANIFEST, manifest)
-    run = Run.open(folder)
+    run = Run(folder, manifest, base=None)
     save_json(folder / "front.json", run.front_document())
+    save_json(folder / MANIFEST, manifest)
 
 
 def _levels_document(prepared: Prepared) -> dict[str, object]:

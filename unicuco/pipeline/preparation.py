@@ -22,6 +22,7 @@ from torch import Tensor
 from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
 from unicuco.calibration import Sampling, TokenSet, collect_input_norms, sample_clustered
 from unicuco.dimensions import Granularity, build_space
+from unicuco.errors import RunError
 from unicuco.evaluate import EvaluatorConfig, dense_reference
 from unicuco.evaluate.local import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
@@ -276,7 +277,7 @@ def _fisher(
 ) -> dict[str, Tensor]:
     path = folder / "fisher.safetensors"
     if options.resume and path.is_file():
-        return load_tensors(path)
+        return _checked(path, load_tensors(path), loaded.profile)
     progress(Progress(stage="fisher", done=0, total=1))
 
     def build() -> dict[str, Tensor]:
@@ -295,6 +296,16 @@ def _fisher(
     sums = _counted(build, "fisher", _FISHER_UNITS, texts, costs)
     save_tensors(path, sums)
     progress(Progress(stage="fisher", done=1, total=1))
+    return sums
+
+
+def _checked(path: Path, sums: dict[str, Tensor], profile: ModelProfile) -> dict[str, Tensor]:
+    for site in profile.sites:
+        if site.path not in sums or sums[site.path].shape != (site.num_columns,):
+            raise RunError(
+                f"{path} does not hold the Fisher sums of {site.path}; remove it, and --resume "
+                "makes it again"
+            )
     return sums
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.unicuco.pipeline.conftest import ignore_progress, tiny_options
 from unicuco.errors import ModelError, RequestError, RunError, TextError
 from unicuco.pipeline import LearnOptions, LocalBackend, Progress, Run, learn
+from unicuco.pipeline.files import save_json
 from unicuco.ranks import RankStore
 from unicuco.store import EvaluationStore
 from unicuco.testing.tiny import tiny_model_folder
@@ -256,6 +257,44 @@ def test_a_run_that_never_began_leaves_no_folder(learn_tiny: Learn, tmp_path: Pa
     with pytest.raises(_Stop):
         learn_tiny(stop_at("rank", 0))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_stays_empty_and_new_parents_go_when_nothing_began(
+    learn_tiny: Learn, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(_Stop):
+        learn_tiny(stop_at("fisher", 0))
+    assert list((tmp_path / "run").iterdir()) == []
+    options = tiny_options(tmp_path / "none", tmp_path / "deep" / "er" / "run", tiny_text_file)
+    with pytest.raises(ModelError):
+        learn(options, backend=LocalBackend(), progress=ignore_progress)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_file_in_the_place_of_the_run_is_refused(learn_tiny: Learn, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(RunError, match="is a file"):
+        learn_tiny()
+    assert (tmp_path / "run").read_text() == "x"
+
+
+def test_the_manifest_comes_last_and_altered_fisher_sums_are_refused(
+    learn_tiny: Learn, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    written: list[str] = []
+
+    def note(path: Path, document: Any) -> None:
+        written.append(path.name)
+        save_json(path, document)
+
+    monkeypatch.setattr("unicuco.pipeline.learning.save_json", note)
+    learn_tiny(resume=True)
+    assert written == ["front.json", "run.json"]
+    shutil.copy(run.folder / "stratnet.safetensors", tmp_path / "run" / "fisher.safetensors")
+    with pytest.raises(RunError, match="does not hold the Fisher sums"):
+        learn_tiny(resume=True)
 
 
 def test_a_finished_run_is_extended_by_a_larger_total(
