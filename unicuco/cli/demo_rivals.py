@@ -88,7 +88,7 @@ class Rivals:
             ranks=run.ranks,
             space=run.planner.space,
             plan=plan,
-            provenance={"run": run.digest, "seed": run.manifest["seed"]},
+            provenance={"run": run.digest, "seed": run.seed},
         )
         return out
 

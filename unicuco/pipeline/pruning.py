@@ -38,6 +38,6 @@ def prune(run: Run, request: Request, out: Path) -> Plan:
         levels=run.levels,
         space=run.planner.space,
         plan=answer,
-        provenance={"run": run.digest, "seed": run.manifest["seed"]},
+        provenance={"run": run.digest, "seed": run.seed},
     )
     return answer

@@ -34,6 +34,7 @@ from unicuco.types import ModelProfile, Plan, Request, Site
 
 MANIFEST: Final = "run.json"
 FORMAT: Final = 1
+_CURVES: Final = ("stratnet", "uniform", "fisher")  # measured on the validation text
 _KINDS: Final = {"default": NetKind.SIZE, "paper": NetKind.PREFERENCE}
 
 
@@ -44,17 +45,24 @@ class Run:
         folder: where it lies.
         manifest: the contents of ``run.json``.
         profile: of the base model.
+        seed: of learning.
+        validation: measured (sparsity, KL) on the validation text, by allocator.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], *, base: str | None) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._base = base
         try:
             self.profile = _profile(manifest["profile"])
             low, high = manifest["sparsity_range"]
             self.sparsity_range = (float(low), float(high))
             self.planner = self._planner()
+            self.validation = {
+                name: [(float(s), float(kl)) for s, kl in manifest["validation"][name]]
+                for name in _CURVES
+            }
+            self.seed = int(manifest["seed"])
+            self._base = base or str(manifest["base_model"]["path"])
         except RunError:
             raise
         except (
@@ -90,7 +98,10 @@ class Run:
                 f"{folder} holds a run of format {manifest.get('format')}; "
                 f"this version reads {FORMAT}"
             )
-        for name, digest in manifest.get("files", {}).items():
+        files = manifest.get("files", {})
+        if not isinstance(files, dict):
+            raise RunError(f"{folder / MANIFEST} is damaged (files); learn the run again")
+        for name, digest in files.items():
             path = folder / name
             if not path.is_file():
                 raise RunError(f"{folder} is damaged: {name} is missing; learn the run again")
@@ -129,9 +140,8 @@ class Run:
         Raises:
             RunError: it is not there any more, or another model lies there.
         """
-        name = self._base or str(self.manifest["base_model"]["path"])
         try:
-            folder = resolve_model(name)
+            folder = resolve_model(self._base)
         except ModelError as error:
             raise RunError(
                 f"the base model of this run is needed; name it with --base: {error}"
@@ -142,14 +152,6 @@ class Run:
                 "name the right one with --base"
             )
         return folder
-
-    @property
-    def validation(self) -> dict[str, list[tuple[float, float]]]:
-        """Measured (sparsity, KL) on the validation text, by allocator."""
-        return {
-            name: [(float(s), float(kl)) for s, kl in curve]
-            for name, curve in self.manifest["validation"].items()
-        }
 
     def plan(self, requests: list[Request]) -> list[Plan | UnicucoError]:
         """Answer requests, each by a plan or by the error that says why not."""

@@ -72,6 +72,10 @@ def test_a_damaged_manifest_is_refused_in_one_line(copy: Path, text: str) -> Non
         ("options", {"dimensions": ["sparsity"], "granularity": "block", "preset": "default"}),
         ("options", {"dimensions": ["sparsity"], "granularity": "layer", "preset": "best"}),
         ("intervals", {"bias": 0.0}),
+        ("validation", {}),
+        ("seed", "first"),
+        ("base_model", 3),
+        ("files", 3),
     ],
 )
 def test_a_manifest_with_a_wrong_field_is_refused_in_one_line(
