@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,13 @@ class RowRule:
         Raises:
             StorageError: the disk refused.
         """
-        staged = path.with_name(f".{path.name}.tmp")
+        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         header = {"format": _FORMAT, "sha256": self.digest}
         try:
             tensors = {name: rows.cpu().contiguous() for name, rows in self.offsets.items()}
             save_file(tensors, staged, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
             staged.replace(path)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"the row rule can't be written to {path}: {error}") from error

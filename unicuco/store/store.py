@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from unicuco.errors import RunError, StorageError
+from unicuco.errors import RunError, UnicucoError
 from unicuco.store import lease
 from unicuco.store.database import Database, display_name, open_engine
 from unicuco.store.schema import (
@@ -336,5 +336,5 @@ class _Heart:
             try:
                 if not self._renew():
                     return
-            except StorageError:
+            except UnicucoError:
                 continue
