@@ -116,8 +116,14 @@ class LearnConfig(BaseModel):
         )
 
     def backend(self) -> Backend:
-        """Return the backend that the address names."""
+        """Return the backend that the address names.
+
+        Raises:
+            RequestError: replicas or threads that a process without Ray does not have.
+        """
         if self.effective_address == "none":
+            if self.replicas > 1 or self.threads > 1:
+                raise RequestError("replicas and threads need Ray; leave out `address: none`")
             from unicuco.pipeline import LocalBackend
 
             return LocalBackend()
@@ -144,6 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnicucoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{place}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped: `resume: true` goes on from here", file=sys.stderr)
         return 1

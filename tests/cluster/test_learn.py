@@ -128,6 +128,11 @@ def test_a_job_that_is_stopped_says_how_to_go_on(
             2,
             "threads must be at least",
         ),
+        (
+            {"model": "m", "out": "o", "replicas": 2, "address": "none"},
+            2,
+            "replicas and threads need Ray",
+        ),
         (["model"], 2, "must name options, one a line"),
     ],
 )
