@@ -327,6 +327,13 @@ def _caption(figure: Figure, caption: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    try:
+        _save_whole(figure, path)
+    except OSError as error:  # of a temporary name, which means nothing to anybody
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _save_whole(figure: Figure, path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     kind = kind if kind in {"png", "svg"} else "png"
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".{kind}")

@@ -105,13 +105,9 @@ class Request:
         served_as = given.get("served_as")
         if served_as is not None and served_as not in [*ServedAs]:
             raise RequestError(f"served_as must be one of {', '.join(ServedAs)}, got {served_as!r}")
-        try:
-            number = float(value)
-        except OverflowError:  # a whole number of more than 308 digits
-            number = math.inf
         return cls(
             target=Target(targets[0]),
-            value=number,
+            value=_as_float(value),
             served_as=None if served_as is None else ServedAs(str(served_as)),
             task_weights=_read_weights(given.get("task_weights")),
         )
@@ -137,7 +133,14 @@ def _read_weights(given: object) -> tuple[tuple[str, float], ...] | None:
     for name, weight in given.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise RequestError(f"the task weight of {name} must be a number, got {weight!r}")
-    return tuple((str(name), float(weight)) for name, weight in given.items())
+    return tuple((str(name), _as_float(weight)) for name, weight in given.items())
+
+
+def _as_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.inf
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:

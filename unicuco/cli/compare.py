@@ -105,10 +105,12 @@ def compare(
             )
         notes = _notes(report)
         if plot is not None:
+            from rich.markup import escape
+
             from unicuco.plots import plot_comparison
 
             plot_comparison(plot, _curves(report), caption=notes[0])
-            notes.append(f"drawn to {plot}")
+            notes.append(f"drawn to {escape(str(plot))}")
         terminal.show(report.to_dict(), _table(report), "", *notes)
 
 

@@ -22,6 +22,8 @@ def front(
 ) -> None:
     """Show quality against size: what the run predicts, and what was measured."""
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
+        from rich.markup import escape
+
         from unicuco.pipeline import Run
 
         learned = Run.open(run, base=base)
@@ -30,7 +32,7 @@ def front(
             from unicuco.pipeline import draw_front
 
             draw_front(learned, plot)
-            notes.append(f"drawn to {plot}")
+            notes.append(f"drawn to {escape(str(plot))}")
         terminal.show(
             learned.front_document(),
             front_table(learned.front()),

@@ -29,6 +29,7 @@ def answer_document(answer: Plan | UnicucoError) -> dict[str, object]:
 
 def plan_table(requests: Sequence[Request], answers: Sequence[Plan | UnicucoError]) -> Table:
     """Return one row per request: what was asked, what it becomes, what it is predicted to cost."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -37,9 +38,9 @@ def plan_table(requests: Sequence[Request], answers: Sequence[Plan | UnicucoErro
         table.add_column(name, justify="right", no_wrap=True)
     for request, answer in zip(requests, answers, strict=True):
         if isinstance(answer, Plan):
-            table.add_row(describe_request(request), *_cells(answer))
+            table.add_row(escape(describe_request(request)), *_cells(answer))
         else:
-            table.add_row(describe_request(request), "[red]none[/red]")
+            table.add_row(escape(describe_request(request)), "[red]none[/red]")
     return table
 
 

@@ -50,6 +50,8 @@ def prune(
             served_as=served_as,
             task_weights=task_weights,
         )
+        from rich.markup import escape
+
         from unicuco.pipeline import Run
         from unicuco.pipeline import prune as cut
 
@@ -57,5 +59,5 @@ def prune(
         terminal.show(
             {**answer.to_dict(), "out": str(out)},
             plan_table([request], [answer]),
-            f"variant written to {out}",
+            f"variant written to {escape(str(out))}",
         )

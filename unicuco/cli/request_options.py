@@ -124,7 +124,7 @@ def read_requests_file(path: Path) -> list[Request]:
 def _read_line(line: str, place: str) -> Request:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{place} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise RequestError(

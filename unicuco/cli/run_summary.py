@@ -15,7 +15,9 @@ def run_document(run: Run) -> dict[str, object]:
 
 def describe_run(run: Run) -> str:
     """Return what to do next with a run."""
-    folder = run.folder
+    from rich.markup import escape
+
+    folder = escape(str(run.folder))
     return (
         f"run written to [bold]{folder}[/bold]; try\n"
         f"  unicuco plan {folder} --sparsity 0.6\n"

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch.nn.functional import cross_entropy
 
-from unicuco.errors import ModelError
+from unicuco.errors import ModelError, TextError
 from unicuco.export.document import DOCUMENT_NAME, read_variant
 from unicuco.models import LoadedModel, load_model, load_tokenizer, read_site
 from unicuco.objectives import DenseReference
@@ -21,6 +21,8 @@ from unicuco.search.drive import Progress
 DEFAULT_TOKENS: Final = (
     32_768  # half a minute for the reference model on two cores; a quarter of its test text
 )
+
+_LARGEST_LOSS: Final = 700.0  # exp(709.8) is the last finite float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ def evaluate_variant(
 
     Raises:
         VariantError: a variant whose files are not those its ``strategy.json`` names.
-        ModelError: no usable model, or a reference with another vocabulary.
+        ModelError: no usable model, one that predicts NaN, or a reference with another vocabulary.
         TextError: the text can't be read or is too short.
     """
     if (Path(folder) / DOCUMENT_NAME).is_file():
@@ -75,14 +77,23 @@ def evaluate_variant(
         windows = test_windows(
             tokenizer, text, tokens=tokens or DEFAULT_TOKENS, context=context
         ).ids
+    if windows.shape[1] < 2:
+        raise TextError("perplexity needs 2 tokens or more: give a longer text or more tokens")
     nll, kl = _run(loaded, dense, windows, progress)
+    if math.isnan(nll) or (kl is not None and math.isnan(kl)):
+        raise ModelError(f"{folder} predicts NaN on this text; its weights are broken")
     return EvaluationReport(
-        perplexity=math.exp(nll),
+        perplexity=perplexity_of(nll),
         kl=kl,
         sparsity=realised_sparsity(loaded),
         tokens=windows.numel(),
         context=windows.shape[1],
     )
+
+
+def perplexity_of(loss: float) -> float:
+    """Return the perplexity of a mean loss in nats per token; infinite where floats end."""
+    return math.exp(loss) if loss < _LARGEST_LOSS else math.inf
 
 
 def realised_sparsity(loaded: LoadedModel) -> float:
@@ -115,4 +126,4 @@ def _run(
             kl += float(p.kl(logits.flatten(0, 1)).double().sum())
     progress(Progress(stage="measure", done=done, total=done))
     predicted = windows.numel() - len(windows)
-    return nll / predicted, None if dense is None else max(0.0, kl / windows.numel())
+    return nll / predicted, None if dense is None else max(kl / windows.numel(), 0.0)

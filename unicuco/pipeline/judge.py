@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from unicuco.calibration import TokenSet
 from unicuco.errors import TextError
 from unicuco.evaluate import LocalEvaluator
+from unicuco.pipeline.evaluation import perplexity_of
 from unicuco.pipeline.preparation import Prepared
 from unicuco.rows import RowRule
 from unicuco.types import Strategy
@@ -59,7 +60,7 @@ class TestJudge:
         kl, loss = self._evaluator.quality(strategy, rows=rows)
         return TestQuality(
             kl=kl if math.isfinite(kl) else math.inf,
-            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            perplexity=perplexity_of(loss),
         )
 
     @contextmanager

@@ -115,6 +115,34 @@ def test_evaluate_prints_exactly_the_agreed_fields(
     assert "not measured" in unicuco(*words).stdout
 
 
+def test_words_that_look_like_markup_are_only_words(
+    unicuco, tiny_run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"sparsity": 0.5, "task_weights": {"[/x]": 1}}\n')
+    result = unicuco("plan", tiny_run, "--requests", path)
+    assert result.code == 0
+    assert "[/x]" in result.stdout
+    out = tmp_path / "variant[" / "b]"
+    result = unicuco("prune", tiny_run, "--sparsity", 0.5, "--out", out)
+    assert result.code == 0, result.stderr
+    assert "variant[/b]" in result.stdout
+    result = unicuco("front", tiny_run, "--plot", tmp_path / "none" / "[/b].png")
+    assert one_line(result).endswith("none/[/b].png")
+
+
+@pytest.mark.parametrize("tokens", [1, None])
+def test_a_text_with_nothing_to_predict_is_one_line(
+    unicuco, tiny_llama: Path, tmp_path: Path, tokens: int | None
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a" if tokens is None else "many words of text")
+    limit = () if tokens is None else ("--tokens", tokens)
+    result = unicuco("evaluate", tiny_llama, "--text", text, *limit)
+    assert result.code == 1
+    assert "needs 2 tokens or more" in one_line(result)
+
+
 def test_front_tells_predicted_and_measured_apart_and_draws(
     unicuco, tiny_run: Path, tmp_path: Path
 ) -> None:

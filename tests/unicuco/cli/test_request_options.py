@@ -31,7 +31,19 @@ def test_a_dash_reads_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "7", '"x"', "[0.5]", "{}", '{"sparsity": 2}', '{"wish": 1}', '{"sparsity": "a"}']
+    "line",
+    [
+        "[" * 100_000,
+        '{"max_kl": 1, "task_weights": {"a": 1' + 400 * "0" + "}}",
+        "{",
+        "7",
+        '"x"',
+        "[0.5]",
+        "{}",
+        '{"sparsity": 2}',
+        '{"wish": 1}',
+        '{"sparsity": "a"}',
+    ],
 )
 def test_a_line_that_is_no_request_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "requests.jsonl"
