@@ -8,7 +8,6 @@ validation split, and the test split is measured on.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,9 @@ from unicuco.reference.train import (
     CONTEXT,
     VOCABULARY,
     TrainOptions,
-    batches,
     build_tokenizer,
-    learning_rate_factor,
-    make_optimizers,
     tokenise,
-    train_step,
+    train_steps,
 )
 
 SECOND = "wikitext"
@@ -33,6 +29,7 @@ DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 _TEXTS = DATA / "wikitext2"
 _MINUTES = 15.0
 _STEPS = 1500
+_WARMUP = 0.03  # of the steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +61,14 @@ def train(folder: Path, *, minutes: float, steps: int = _STEPS, seed: int = 0) -
     tokenizer = build_tokenizer(articles)
     stream = tokenise(tokenizer, articles)
     model = build(seed)
-    options = TrainOptions(seed=seed, learning_rate=4e-3)
-    optimizers = make_optimizers(model, options)
-    started = time.monotonic()
-    for step, window in enumerate(batches(stream, options.batch, seed)):
-        elapsed = (time.monotonic() - started) / (60 * minutes)
-        progress = max(step / steps, elapsed)
-        if progress >= 1:
-            break
-        factor = learning_rate_factor(progress, 0.03)
-        loss = train_step(model, optimizers, window, options.learning_rate * factor)
+    options = TrainOptions(
+        steps=steps,
+        minutes=minutes,
+        learning_rate=4e-3,
+        warmup_steps=round(_WARMUP * steps),
+        seed=seed,
+    )
+    for step, progress, loss in train_steps(model, stream, options):
         if step % 50 == 0:
             print(f"{SECOND}: step {step}, {progress:.0%}, loss {loss:.3f}", flush=True)
     _save(model, tokenizer, folder)

@@ -127,13 +127,32 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
     return min(1.0, (progress + 1e-9) / warmup if warmup else 1.0, max(0.0, (1.0 - progress) / 0.5))
 
 
+def train_steps(
+    model: PreTrainedModel, stream: Tensor, options: TrainOptions
+) -> Iterator[tuple[int, float, float]]:
+    """Train ``model`` on a ``t`` token stream until steps or minutes are used up.
+
+    Yields:
+        After every step its number, the share of the schedule in [0, 1) and the loss.
+    """
+    optimizers = make_optimizers(model, options)
+    started = time.monotonic()
+    for step, window in enumerate(batches(stream, options.batch, options.seed)):
+        minutes = (time.monotonic() - started) / 60
+        progress = max(step / options.steps, minutes / options.minutes if options.minutes else 0.0)
+        if progress >= 1.0:
+            return
+        factor = learning_rate_factor(progress, options.warmup_steps / options.steps)
+        rate = options.learning_rate * factor
+        yield step, progress, train_step(model, optimizers, window.to(options.device), rate)
+
+
 def train(out: Path, options: TrainOptions) -> dict[str, float]:
     """Train, write model, tokenizer and card to ``out``, and return the test measurements."""
     torch.set_num_threads(options.threads)
     texts = training_texts()
     tokenizer, model = _begin(texts, options)
     stream = tokenise(tokenizer, texts)
-    optimizers = make_optimizers(model, options)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(stream):,} training tokens",
@@ -141,17 +160,7 @@ def train(out: Path, options: TrainOptions) -> dict[str, float]:
     )
     started = time.monotonic()
     done = 0
-    for step, window in enumerate(batches(stream, options.batch, options.seed)):
-        elapsed_fraction = (
-            (time.monotonic() - started) / (60 * options.minutes) if options.minutes else 0.0
-        )
-        progress = max(step / options.steps, elapsed_fraction)
-        if progress >= 1.0:
-            break
-        factor = learning_rate_factor(progress, options.warmup_steps / options.steps)
-        loss = train_step(
-            model, optimizers, window.to(options.device), options.learning_rate * factor
-        )
+    for step, progress, loss in train_steps(model, stream, options):
         done = step + 1
         if step % 25 == 0:
             rate = done * options.batch * CONTEXT / (time.monotonic() - started)
