@@ -140,8 +140,10 @@ def _own_folder() -> Iterator[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
     folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
-    with open(Path(folder, _LOCK), "w") as file:
+    fresh = Path(folder, "new.lock")
+    with fresh.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        fresh.rename(fresh.with_name(_LOCK))  # nobody may find it before it is held
         try:
             yield folder
         finally:

@@ -242,11 +242,13 @@ def test_an_interrupted_run_is_not_continued_with_another_model_or_text(
 
 
 def test_a_run_interrupted_before_its_first_evaluation_keeps_to_its_options(
-    learn_tiny: Learn, tmp_path: Path
+    learn_tiny: Learn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "run").mkdir()  # else nothing would be left
-    with pytest.raises(_Stop):
-        learn_tiny(stop_at("fisher", 0))
+    with monkeypatch.context() as patch:
+        # As if it were killed: nothing is cleared away.
+        patch.setattr("unicuco.pipeline.learning._empty", lambda folder: None)
+        with pytest.raises(_Stop):
+            learn_tiny(stop_at("fisher", 0))
     assert RankStore.load(tmp_path / "run" / "ranks").metric == "wanda"
     with pytest.raises(RunError, match="another pruner"):
         learn_tiny(resume=True, pruner="magnitude")
