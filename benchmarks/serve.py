@@ -24,6 +24,7 @@ import httpx
 from benchmarks.common import save, table
 from cluster.local_ray import local_ray
 from serve.config import EngineOptions, ServeConfig
+from serve.proxy import ENVIRONMENT
 from serve.running import running
 from unicuco.pipeline import LearnOptions, LocalBackend, learn
 
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             port=values.port,
             engines=EngineOptions(max_engines=0),
         )
+        os.environ.update(ENVIRONMENT)
         with local_ray(_OBJECTS_BYTES), running(config):
             figures = measure_strategies(values.port, values.pairs, values.seconds)
             if values.rounds:

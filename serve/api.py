@@ -17,7 +17,9 @@ from serve.service import Service
 
 def build_api(service: Service) -> Gate:
     """Return the application whose routes use ``service``."""
-    return Gate(build_routes(service), service.config, service.metrics)
+    return Gate(
+        build_routes(service), service.config, service.metrics, on_arrival=service.arrivals.note
+    )
 
 
 def build_routes(service: Service) -> FastAPI:

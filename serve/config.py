@@ -47,7 +47,7 @@ class StrategyOptions:
     num_cpus: float = 0.1
     max_replicas: int = 2
     max_batch: int = 64
-    batch_wait_s: float = 0.005
+    batch_wait_s: float = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

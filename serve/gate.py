@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.config import KEYS_VARIABLE, ServeConfig, is_loopback
 from serve.errors import ApiError, overloaded, response
 from serve.metrics import Metrics
+from serve.proxy import Arrival, arrival_of, body_receiver
 
 _LOG: Final = logging.getLogger("ray.serve")
 _OPEN: Final = frozenset({"/health", "/ready"})
@@ -46,13 +48,21 @@ class Gate:
         app: the routes.
         config: of the service.
         metrics: told of every answer.
+        on_arrival: told what Serve's proxy says of a request, if it does.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        metrics: Metrics,
+        on_arrival: Callable[[Arrival], None] = lambda arrival: None,
+    ) -> None:
         self._app = app
         self._bounds = config.bounds
         self._digests = tuple(digest.encode() for digest in config.key_digests)
         self._metrics = metrics
+        self._on_arrival = on_arrival
         self._in_flight = 0
         self._is_draining = False
 
@@ -68,6 +78,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        arrival = arrival_of(scope)
+        if arrival is not None:
+            self._on_arrival(arrival)
+            receive = body_receiver(arrival, receive)
         # Serve's proxy echoes the caller's id or makes one, and hands it on.
         passage = _Passage(request_id=headers.get("x-request-id", "unknown"))
 

@@ -22,10 +22,11 @@ class Ingress:
 
     def __init__(self, config: ServeConfig, handles: dict[str, Handle]) -> None:
         from serve.metrics import Metrics
-        from serve.planning import Planning
+        from serve.planning import Arrivals, Planning
         from serve.service import Service
         from unicuco.store import JobStore
 
+        arrivals = Arrivals()
         catalogue = Catalogue(config)
         catalogue.make_folders()
         self._service = Service(
@@ -33,7 +34,13 @@ class Ingress:
             catalogue=catalogue,
             jobs=JobStore.open(config.jobs_location),
             metrics=Metrics(),
-            planning=Planning(handles["strategies"], max_waiting=config.bounds.max_in_flight),
+            arrivals=arrivals,
+            planning=Planning(
+                handles["strategies"],
+                max_waiting=config.bounds.max_in_flight,
+                # Of several ingresses none knows which the proxy will send the others to.
+                arrivals=arrivals if config.ingress_replicas == 1 else None,
+            ),
             strategies=handles["strategies"],
             pruning=handles["pruning"],
             models=handles.get("models"),

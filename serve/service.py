@@ -15,7 +15,7 @@ from serve.catalogue import Catalogue
 from serve.config import ServeConfig
 from serve.handles import Handle
 from serve.metrics import Metrics
-from serve.planning import Planning
+from serve.planning import Arrivals, Planning
 from unicuco.store import JobStore
 
 T = TypeVar("T")
@@ -33,6 +33,7 @@ class Service:
     catalogue: Catalogue
     jobs: JobStore
     metrics: Metrics
+    arrivals: Arrivals
     planning: Planning
     strategies: Handle
     pruning: Handle

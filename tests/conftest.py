@@ -62,6 +62,8 @@ def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_local() -> Iterator[None]:
     """One Ray for all tests of a session, started as the command line starts it."""
     from cluster.local_ray import local_ray
+    from serve.proxy import ENVIRONMENT
 
+    os.environ.update(ENVIRONMENT)
     with local_ray(array_bytes=64 * 2**20):
         yield

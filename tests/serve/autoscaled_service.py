@@ -11,6 +11,7 @@ import sys
 
 from cluster.local_ray import connect
 from serve.config import EngineOptions, PruningOptions, ServeConfig, StrategyOptions
+from serve.proxy import ENVIRONMENT
 from serve.running import run_app
 from tests.serve.cutters import NotingCutter
 
@@ -25,7 +26,7 @@ def main(address: str, run: str, data: str, port: str) -> None:
         pruning=PruningOptions(num_cpus=1.0, max_replicas=3, downscale_delay_s=3.0),
         engines=EngineOptions(max_engines=0),
     )
-    connect(address=address)
+    connect(address=address, runtime_env={"env_vars": ENVIRONMENT})
     run_app(config, build_cutter=NotingCutter, on_ready=lambda url: print(url, flush=True))
 
 

@@ -160,10 +160,9 @@ def test_an_ingress_that_dies_comes_back_and_has_forgotten_nothing(chaos: Server
             os.kill(pid, signal.SIGKILL)
 
         def answers() -> bool:
-            try:
-                return client.get("/ready").status_code == 200
-            except httpx.HTTPError:
-                return False
+            answer = client.get("/ready")
+            assert answer.is_success or "code" in answer.json()["error"], answer.text
+            return answer.status_code == 200
 
         assert wait_until(answers, 60)
         assert wait_until(lambda: job(client, slow)["status"] in FINAL, 30)

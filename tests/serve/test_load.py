@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 
 import httpx
 import pytest
 from ray import serve as ray_serve
 
+from benchmarks.serve import Caller, strategy
 from serve.asks import Ask
 from tests.serve.conftest import Server
 from unicuco.types import Request, Target
@@ -36,11 +38,26 @@ def test_everybody_in_a_burst_is_answered_with_what_they_asked(server: Server, n
     assert asked == [0.1 + 0.7 * k / number for k in range(number)]
 
 
-def test_a_burst_costs_far_fewer_calls_than_callers(server: Server) -> None:
+def test_sixty_four_callers_at_once_cost_one_or_two_passes(server: Server) -> None:
     handle = ray_serve.get_deployment_handle("strategies", app_name=server.name)
-    before = handle.num_passes.remote().result()
-    asyncio.run(burst(server.url, 64))
-    assert handle.num_passes.remote().result() - before <= 24
+    passes = []
+    for number in range(5):
+        before = handle.num_passes.remote().result()
+        asyncio.run(at_once(server.config.port, 64, number))
+        passes.append(handle.num_passes.remote().result() - before)
+    # A machine that is busy with other things may hand a burst over in pieces.
+    assert min(passes) <= 2, passes
+    assert max(passes) <= 8, passes
+
+
+async def at_once(port: int, number: int, round_: int) -> None:
+    """Let callers who are all connected already ask in the same moment; each must be answered."""
+    async with AsyncExitStack() as stack:
+        callers = [
+            await stack.enter_async_context(Caller("127.0.0.1", port)) for _ in range(number)
+        ]
+        calls = (caller.call(strategy(64 * round_ + k)) for k, caller in enumerate(callers))
+        await asyncio.gather(*calls)
 
 
 def test_sixty_four_calls_at_once_cost_one_or_two_passes(server: Server) -> None:

@@ -10,7 +10,8 @@ from ray.exceptions import RayActorError
 from serve import planning
 from serve.asks import Answer, Ask
 from serve.errors import ApiError
-from serve.planning import Planning
+from serve.planning import Arrivals, Planning
+from serve.proxy import Arrival
 from unicuco.types import Request, Target
 
 
@@ -92,3 +93,38 @@ def test_a_caller_that_goes_away_hinders_nobody() -> None:
         return await ask_all(asked, 4)
 
     assert len(asyncio.run(scene())) == 4
+
+
+def test_those_who_are_on_their_way_are_waited_for_and_a_lone_caller_waits_for_nobody() -> None:
+    async def run() -> list[int]:
+        handle, arrivals = FakeHandle(seconds=0.0), Arrivals()
+        asked = Planning(handle, max_waiting=500, arrivals=arrivals)
+        arrivals.note(Arrival(proxy="p", num_come=1, body=b""))
+        await asked.ask(make_ask(0.1))
+
+        async def come(k: int) -> None:
+            await asyncio.sleep(k / 1000)
+            arrivals.note(Arrival(proxy="p", num_come=33, body=b""))
+            await asked.ask(make_ask(k / 1000))
+
+        await asyncio.gather(*(come(k) for k in range(32)))
+        return handle.calls
+
+    assert asyncio.run(run()) == [1, 32]
+
+
+def test_those_who_never_arrive_are_not_waited_for_long_and_only_once() -> None:
+    async def run() -> tuple[float, float]:
+        loop, arrivals = asyncio.get_running_loop(), Arrivals()
+        asked = Planning(FakeHandle(seconds=0.0), max_waiting=500, arrivals=arrivals)
+        seconds = []
+        for num_come in (10, 11):
+            began_s = loop.time()
+            arrivals.note(Arrival(proxy="p", num_come=num_come, body=b""))
+            await asked.ask(make_ask(0.1))
+            seconds.append(loop.time() - began_s)
+        return seconds[0], seconds[1]
+
+    first_s, second_s = asyncio.run(run())
+    assert planning._LONGEST_GAP_S <= first_s < 10 * planning._LONGEST_GAP_S
+    assert second_s < planning._LONGEST_GAP_S

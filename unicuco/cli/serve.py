@@ -63,6 +63,7 @@ def serve(
         if address not in ("local", "auto") and not _HOST_AND_PORT.fullmatch(address):
             raise RequestError(f"--address must be local, auto or HOST:PORT, got {address!r}")
         from cluster.local_ray import connect, local_ray
+        from serve.proxy import ENVIRONMENT
         from serve.running import run_app
         from unicuco.pipeline import Run
 
@@ -75,7 +76,8 @@ def serve(
             document = {"url": url, "runs": [name for name, _ in config.runs]}
             terminal.show(document, f"[bold]{url}[/bold] answers; docs at {url}/docs")
 
+        os.environ.update(ENVIRONMENT)
         with local_ray(_OBJECTS_BYTES) if address == "local" else nullcontext():
             if address != "local":
-                connect(address=address)
+                connect(address=address, runtime_env={"env_vars": ENVIRONMENT})
             run_app(config, on_ready=tell)
