@@ -11,26 +11,29 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from concurrent.futures import Future, wait
 from typing import Final
 
 from serve.catalogue import Catalogue
 from serve.config import ServeConfig
-from serve.scaling import QUEUE_METRIC
+from serve.scaling import QUEUE_METRIC, is_worth_warming
 from serve.worker import Cutter, CutterFactory, JobWorker
 from unicuco.errors import UnicucoError
-from unicuco.store import JobStore
+from unicuco.store import JobStatus, JobStore
 
 _LOG: Final = logging.getLogger("ray.serve")
 _AFTER_TROUBLE_S: Final = 1.0
 _WARMING_NICENESS: Final = 19  # Ray's own processes have 15
+_WATCH_EVERY_S: Final = 0.5
 
 
 class Pruning:
     """One replica. It is there at once, warms up, and takes jobs when it is warm.
 
     Warming up takes seconds of a core, several replicas do it at a time and just when there is most
-    to do: a thread of lower priority does it, so that those already at work go on as before.
+    to do. So it is put off while the others get through the queue sooner than it would take, and
+    then a thread of lower priority does it.
 
     Args:
         config: of the service.
@@ -91,10 +94,36 @@ class Pruning:
         with contextlib.suppress(OSError):  # on Linux a priority is a thread's
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WARMING_NICENESS)
         try:
+            self._await_need()
             self._cutter.set_result(self._build_cutter(self._catalogue))
         except BaseException as error:
             self._cutter.set_exception(error)  # ends the worker; Serve then replaces the replica
             raise
+
+    def _await_need(self) -> None:
+        """Return when it is worth warming up, or when there is no more use in it."""
+        began_s = idle_since_s = now_s = time.monotonic()
+        finished_before: int | None = None
+        while not self._stopping.is_set():
+            try:
+                counts = self._store.counts()
+            except UnicucoError:  # the worker says so
+                return
+            num_running = counts[JobStatus.RUNNING]
+            num_active = counts[JobStatus.QUEUED] + num_running
+            num_finished = sum(counts.values()) - num_active
+            finished_before = num_finished if finished_before is None else finished_before
+            idle_since_s = idle_since_s if num_active == 0 else now_s
+            if is_worth_warming(
+                num_active,
+                num_running,
+                num_finished=num_finished - finished_before,
+                seconds=now_s - began_s,
+                idle_s=now_s - idle_since_s,
+            ):
+                return
+            self._stopping.wait(_WATCH_EVERY_S)
+            now_s = time.monotonic()
 
     def _worker(self, cutter: Cutter) -> JobWorker:
         return JobWorker(

@@ -13,6 +13,10 @@ from typing import Any, Final
 
 QUEUE_METRIC: Final = "active_jobs"
 
+_WATCH_S: Final = 1.0
+_WARMING_S: Final = 8.0  # on busy cores, until a replica takes its first job
+_IDLE_S: Final = 15.0  # past a burst, and past the time after which idle replicas are stopped
+
 
 def replicas_for(num_active: float, *, jobs_per_replica: int, lowest: int, highest: int) -> int:
     """Return how many replicas a queue deserves.
@@ -24,6 +28,25 @@ def replicas_for(num_active: float, *, jobs_per_replica: int, lowest: int, highe
         highest: replicas that may be.
     """
     return max(lowest, min(highest, math.ceil(num_active / jobs_per_replica)))
+
+
+def is_worth_warming(
+    num_active: int, num_running: int, *, num_finished: int, seconds: float, idle_s: float
+) -> bool:
+    """Say whether one more replica should warm up now, rather than leave the queue to the others.
+
+    Args:
+        num_active: jobs queued and running.
+        num_running: of these, the ones at work.
+        num_finished: jobs that the others have finished since this one began to watch.
+        seconds: since then.
+        idle_s: how long there has been nothing to do.
+    """
+    if num_active == 0:
+        return seconds == 0 or idle_s >= _IDLE_S
+    if num_running == 0:
+        return True
+    return seconds >= _WATCH_S and num_active * seconds > _WARMING_S * num_finished
 
 
 def newest(series: Iterable[Iterable[Any]]) -> float:

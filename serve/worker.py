@@ -104,7 +104,10 @@ class JobWorker:
         """Take one job and bring it to its end; say whether there was one."""
         options = self._options
         claim = self._store.claim(
-            self._owner, lease_s=options.lease_s, max_attempts=options.max_attempts
+            self._owner,
+            lease_s=options.lease_s,
+            max_attempts=options.max_attempts,
+            stage="cutting",
         )
         if claim is None:
             return False
@@ -133,9 +136,6 @@ class JobWorker:
         job, started = claim.job, time.perf_counter()
         if claim.token > 1:
             self._catalogue.clear_staging(f"{job.id}.")
-        if self._store.progress(claim, "cutting", 0, 1) is not LeaseState.HELD:
-            self._store.stop(claim)
-            return None
         staged = f"{job.id}.{claim.token}"
         out = self._catalogue.staging_place(staged)
         document = self._cutter.cut(job.model, job.request, out)

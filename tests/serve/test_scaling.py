@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.scaling import QUEUE_METRIC, QueuePolicy, newest, replicas_for
+from serve.scaling import QUEUE_METRIC, QueuePolicy, is_worth_warming, newest, replicas_for
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,28 @@ def test_a_longer_queue_never_gets_fewer(jobs: int, more: int, each: int, highes
     few = replicas_for(jobs, jobs_per_replica=each, lowest=1, highest=highest)
     many = replicas_for(jobs + more, jobs_per_replica=each, lowest=1, highest=highest)
     assert 1 <= few <= many <= highest
+
+
+@pytest.mark.parametrize(
+    ("active", "running", "finished", "seconds", "idle_s", "is_worth"),
+    [
+        (0, 0, 0, 0.0, 0.0, True),  # the service has just started: at once
+        (64, 0, 0, 0.0, 0.0, True),  # there is work, and nobody at it
+        (64, 1, 0, 0.0, 0.0, False),  # another is at work, how fast is not known yet
+        (64, 1, 0, 1.0, 0.0, True),  # too slow
+        (64, 1, 5, 1.0, 0.0, True),  # 13 seconds more
+        (64, 1, 10, 1.0, 0.0, False),  # 6.4 seconds more: they will be done before this one starts
+        (0, 0, 64, 8.0, 3.0, False),  # a burst is over, and this replica perhaps too
+        (0, 0, 64, 20.0, 15.0, True),  # it stays
+    ],
+)
+def test_a_replica_warms_up_unless_the_others_are_done_sooner(
+    active: int, running: int, finished: int, seconds: float, idle_s: float, is_worth: bool
+) -> None:
+    decided = is_worth_warming(
+        active, running, num_finished=finished, seconds=seconds, idle_s=idle_s
+    )
+    assert decided is is_worth
 
 
 def point(timestamp: float, value: float) -> SimpleNamespace:

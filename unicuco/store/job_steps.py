@@ -178,8 +178,18 @@ def next_row(connection: Connection, now: float) -> RowMapping | None:
     return connection.execute(queued).mappings().one_or_none()
 
 
-def take(connection: Connection, row: RowMapping, holder: Holder, *, expires_at: float) -> Claim:
-    """Give a locked job to a holder, under a token that no other claim of it had."""
+def take(
+    connection: Connection,
+    row: RowMapping,
+    holder: Holder,
+    *,
+    expires_at: float,
+    stage: str | None,
+) -> Claim:
+    """Give a locked job to a holder, under a token that no other claim of it had.
+
+    ``stage``: what the work begins with, unless only publishing is left.
+    """
     token, attempt = int(row["token"]) + 1, int(row["attempts"]) + 1
     change(
         connection,
@@ -192,8 +202,18 @@ def take(connection: Connection, row: RowMapping, holder: Holder, *, expires_at:
         **holder_row(holder),
     )
     add_event(connection, row, JobStatus.RUNNING.value, {"attempt": attempt})
+    if stage is not None and row["staged"] is None:
+        note_progress(connection, locked(connection, row["id"]), stage, 0, 1)
     job = read_job(locked(connection, row["id"]))
     return Claim(job=job, token=token, staged=row["staged"])
+
+
+def note_progress(
+    connection: Connection, row: RowMapping, stage: str, done: int, total: int
+) -> None:
+    """Note how far the work on a locked job is, with the event that says so."""
+    change(connection, row["id"], stage=stage, done=done, total=total)
+    add_event(connection, row, "progress", {"stage": stage, "done": done, "total": total})
 
 
 def state_of(row: RowMapping, claim: Claim) -> LeaseState:

@@ -193,10 +193,13 @@ class JobStore:
 
     # --- for those who work ---------------------------------------------------------------------
 
-    def claim(self, owner: str, *, lease_s: float, max_attempts: int) -> Claim | None:
+    def claim(
+        self, owner: str, *, lease_s: float, max_attempts: int, stage: str | None = None
+    ) -> Claim | None:
         """Take a job: one whose worker is gone or silent, else the oldest queued one, else none.
 
-        A job that has used up ``max_attempts`` workers has failed.
+        A job that has used up ``max_attempts`` workers has failed. ``stage`` is noted as the
+        progress that the work begins with.
         """
         if not self.num_active():  # asked often: a reader hinders nobody
             return None
@@ -213,7 +216,9 @@ class JobStore:
                     )
                     steps.finish(connection, row, JobStatus.FAILED, error=died)
                 else:
-                    return steps.take(connection, row, holder, expires_at=now + lease_s)
+                    return steps.take(
+                        connection, row, holder, expires_at=now + lease_s, stage=stage
+                    )
             return None
 
         return self._database.run(work)
@@ -237,10 +242,7 @@ class JobStore:
             row = steps.locked(connection, claim.job.id)
             state = steps.state_of(row, claim)
             if state is LeaseState.HELD:
-                steps.change(connection, claim.job.id, stage=stage, done=done, total=total)
-                steps.add_event(
-                    connection, row, "progress", {"stage": stage, "done": done, "total": total}
-                )
+                steps.note_progress(connection, row, stage, done, total)
             return state
 
         return self._database.run(work)
