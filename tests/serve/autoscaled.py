@@ -1,4 +1,4 @@
-"""A Ray of its own whose autoscaler adds raylets on this machine; nothing of it stays."""
+"""Heads that ``ray start`` starts, one with an autoscaler that adds raylets; nothing stays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,25 @@ class Cluster:
 @contextmanager
 def autoscaled_cluster() -> Iterator[Cluster]:
     """Start the cluster of ``ray_configs/local-autoscaling.yaml`` on ports of its own; end it."""
+
+    def options(cluster: Cluster) -> dict[str, object]:
+        document = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        document["idle_timeout_minutes"] = IDLE_MINUTES
+        document["provider"]["gcs_address"] = cluster.address
+        written = cluster.folder / "autoscaling.yaml"
+        written.write_text(yaml.safe_dump(document), encoding="utf-8")
+        return {"autoscaling-config": written, "include-dashboard": "false"}
+
+    environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with ray_head(options, environment) as cluster:
+        yield cluster
+
+
+@contextmanager
+def ray_head(
+    options: Callable[[Cluster], dict[str, object]], environment: Mapping[str, str]
+) -> Iterator[Cluster]:
+    """Run ``ray start --head`` with more options and environment inside the block; end it."""
     # A socket's path may have 107 characters: not pytest's folder.
     folder = Path(tempfile.mkdtemp(prefix="ua-", dir="/tmp"))
     cluster = Cluster(
@@ -68,16 +87,14 @@ def autoscaled_cluster() -> Iterator[Cluster]:
             "PYTHONPATH": str(ROOT),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_FAKE_CLUSTER": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            **environment,
         },
     )
     log = folder / "start.txt"
     with log.open("w") as output:
-        head = subprocess.Popen(
-            command(cluster), env=cluster.environment, stdout=output, stderr=output
-        )
+        words = command(cluster, options(cluster))
+        head = subprocess.Popen(words, env=cluster.environment, stdout=output, stderr=output)
     try:
         assert wait_until(lambda: is_up(head, log), 90), log.read_text()
         yield cluster
@@ -85,26 +102,20 @@ def autoscaled_cluster() -> Iterator[Cluster]:
         end(cluster, head)
 
 
-def command(cluster: Cluster) -> list[str]:
-    """Return what starts the head, and write the configuration that it reads."""
-    document = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    document["idle_timeout_minutes"] = IDLE_MINUTES
-    document["provider"]["gcs_address"] = cluster.address
-    written = cluster.folder / "autoscaling.yaml"
-    written.write_text(yaml.safe_dump(document), encoding="utf-8")
+def command(cluster: Cluster, more: Mapping[str, object]) -> list[str]:
+    """Return what starts the head."""
     options = {
         "port": cluster.address.rpartition(":")[2],
         "num-cpus": HEAD_CPUS,
         "num-gpus": 0,
         "object-store-memory": OBJECTS_BYTES,
-        "include-dashboard": "false",
         "temp-dir": cluster.folder,
-        "autoscaling-config": written,
         # What has a fixed port otherwise:
         "ray-client-server-port": free_port(),
         "dashboard-agent-listen-port": 0,
         "min-worker-port": 0,
         "max-worker-port": 0,
+        **more,
     }
     words = [f"--{name}={value}" for name, value in options.items()]
     return [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *words]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ray import serve as ray_serve
 
-from tests.serve.conftest import Server, wait_until
+from tests.serve.conftest import Server, small_config, wait_until
 from unicuco.export import read_variant
 from unicuco.store import JobStatus, JobStore
 
@@ -169,23 +169,16 @@ def test_an_ingress_that_dies_comes_back_and_has_forgotten_nothing(chaos: Server
         check_done_once(chaos, client, slow)
 
 
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_a_service_that_is_started_again_finishes_what_was_queued_and_running(
-    chaos: Server, serve_port: int
+    serve_port: int, tiny_run: Path, tmp_path: Path, request: pytest.FixtureRequest, database: str
 ) -> None:
     from serve.running import running
     from tests.serve.cutters import ChaosCutter
 
-    store = JobStore.open(chaos.config.jobs_location)
-    data = Path(chaos.config.data).with_name("again")
-    config = type(chaos.config)(
-        **{
-            name: getattr(chaos.config, name)
-            for name in chaos.config.__dataclass_fields__
-            if name != "data"
-        },
-        data=str(data),
-    )
-    store.close()
+    is_server = database == "postgresql"
+    store = request.getfixturevalue("new_postgres_database")() if is_server else ""
+    config = small_config(tiny_run, tmp_path / "data", serve_port, store=store)
     names = {"name": "again", "route_prefix": "/again"}
     with running(config, build_cutter=ChaosCutter, **names) as url:
         server = Server(url=url, config=config, name="again")
@@ -202,6 +195,7 @@ def test_a_service_that_is_started_again_finishes_what_was_queued_and_running(
             check_done_once(server, client, job_id)
         with JobStore.open(config.jobs_location) as left:
             assert left.counts()[JobStatus.SUCCEEDED] == 8
+    assert (tmp_path / "data" / "jobs.db").exists() is not is_server
 
 
 def pids(deployment: str, server: Server) -> list[int]:
