@@ -69,7 +69,7 @@ def bare(number: int) -> bytes:
 def no_op(number: int) -> bytes:
     """Return a request with a body like `strategy`'s that is answered without asking anybody.
 
-    Ray Serve hands a body to the ingress by calls of its own, which cost as much as all the rest.
+    It takes the same way through proxy, gate, validation and route, which then finds no such run.
     """
     return strategy(number, model="none")
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as root:
         folders = make_variants(Path(root))
         results = asyncio.run(measure(folders, options))
-    results["mixed"] = count_mixed(folders, results.pop("answers"))
+        results["mixed"] = count_mixed(folders, results.pop("answers"))
     show(results)
     print("saved to", save("serve_models", {"model": "reference", **results}))
 
