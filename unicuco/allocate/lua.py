@@ -33,12 +33,13 @@ from unicuco.allocate.base import AllocationContext
 from unicuco.allocate.evidence import Evidence
 from unicuco.allocate.learned import (
     call_with_weights,
-    check_finite,
     check_memory,
     check_reachable,
+    descend,
     site_strategies,
     stored,
     token_loss,
+    windows_in_turn,
 )
 from unicuco.errors import RunError, StorageError
 from unicuco.rows import RowRule
@@ -221,16 +222,12 @@ def learn_thresholds(evidence: Evidence, sparsity: float, options: LuaOptions) -
     )
     generator = torch.Generator().manual_seed(evidence.seed)
     windows = evidence.calibration.ids.split(1)
-    order: list[int] = []
     with torch.enable_grad():
-        for _ in range(options.steps):
-            order = order or torch.randperm(len(windows), generator=generator).tolist()
+        for window in windows_in_turn(len(windows), options.steps, generator):
             masks = masked.soft(t)
-            loss = masked.loss(masks, windows[order.pop()])
+            loss = masked.loss(masks, windows[window])
             penalty = budget_penalty(list(masks.values()), max(1.0 - sparsity, 1e-3))
-            optimizer.zero_grad()
-            check_finite(Lua.name, loss + options.budget_weight * penalty).backward()
-            optimizer.step()
+            descend(Lua.name, optimizer, loss + options.budget_weight * penalty)
     learned = {path: threshold.detach() for path, threshold in t.items()}
     with torch.no_grad():
         soft = masked.soft(learned)

@@ -221,8 +221,7 @@ def _validate(
     space = prepared.space
     text = prepared.texts.validation
     started = time.perf_counter()
-    config = replace(prepared.evaluator, text_digest=text.digest)
-    evaluator = LocalEvaluator(config, {**prepared.model_arrays(), **prepared.text_arrays(text)})
+    evaluator = LocalEvaluator(*prepared.judging(text))
     _record_dense("validation", text, store, time.perf_counter() - started)
     low, high = prepared.search.sparsity_range
     targets = torch.linspace(low + 0.1, high, _VALIDATION_POINTS, dtype=torch.float64).tolist()
