@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -354,8 +353,3 @@ def _levels_document(prepared: Prepared) -> dict[str, object]:
         return {}
     digest = LevelDatabase(levels.folder, levels.plan).digest(levels.profile)
     return {"levels": {"step": levels.plan.step, "bytes": levels.num_bytes, "digest": digest}}
-
-
-def default_run_folder(out: Path) -> Path:
-    """Return where ``compress`` keeps the run that it learns for a variant written to ``out``."""
-    return out.with_name(f"{out.name}.run")

@@ -157,7 +157,7 @@ def prepare(
     loaded = load_model(options.model)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
-    texts = _texts(options, tokenizer, context)
+    texts = read_texts(options, tokenizer, context)
     source = LearningSource(tokenizer=tokenizer, source=options.calibration, tasks=options.tasks)
     costs: list[Measurement] = []
     if options.calibration_sampling == Sampling.CLUSTERED:
@@ -201,9 +201,14 @@ def prepare(
     )
 
 
-def _texts(
+def read_texts(
     options: LearnOptions, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> LearningTexts:
+    """Return the three texts that the options name, ``context`` tokens per window, spread evenly.
+
+    Raises:
+        TextError: a text can't be read or is too short.
+    """
     if options.tasks:
         return task_texts(tokenizer, options.tasks, tokens=options.tokens, context=context)
     return learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
