@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from unicuco.allocate import AxisCurves
 from unicuco.dimensions import build_space
-from unicuco.evaluate import LocalEvaluator, dense_reference
-from unicuco.evaluate.local import pack_text
 from unicuco.search import RequestConfig
 from unicuco.search.evop import Evop, EvopOptions, crossed, one_at_a_time, popcount, swapped
 from unicuco.search.request import run_request
+from unicuco.testing.cases import random_tokens
 from unicuco.testing.planted import planted_case, planted_judge
 from unicuco.testing.profiles import make_profile
 from unicuco.testing.request_contract import ToyJudge, toy_request
@@ -110,14 +109,7 @@ def test_patterns_get_better_than_the_random_ones_they_begin_with() -> None:
 @pytest.mark.slow
 def test_patterns_are_no_worse_than_a_ranking_of_axes_judged_one_at_a_time() -> None:
     case, judge = planted_case(), planted_judge()
-    text = case.calibration  # that the search does not see
-    held_out = LocalEvaluator(
-        case.config,
-        {
-            **{k: v for k, v in case.arrays.items() if not k.startswith("text/")},
-            **pack_text(text.ids, dense_reference(case.loaded.model, text.ids)),
-        },
-    )
+    held_out = case.evaluator_on(random_tokens(seed=3, num_windows=8, context=48))
     config = replace(toy_request(0.6, units=150), space=case.space, curves=case.curves)
     search = Evop(config)
     run_request(search, lambda ask: judge.evaluate(ask.strategy))
