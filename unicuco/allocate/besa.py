@@ -50,7 +50,10 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BesaOptions:
-    """``steps`` per block, a window each (published: one epoch of 128); ``beta`` is published."""
+    """``steps`` per block, a window each (published: one epoch of 128); ``beta`` is published.
+
+    ``learning_rate`` was chosen on validation text (`benchmarks.rates`).
+    """
 
     steps: int = 128
     beta: float = 5.0

@@ -10,8 +10,8 @@ of d axes about S d are members; members are pruned to S + w (1 - S), the others
 projection meets the budget to the weight. At w = 1 that is the published method, whole members
 removed and the rest filled exactly (up to the bound of an axis: nothing is removed to the last
 weight); at w = 0 it is the uniform allocation. Removing whole sites costs far more than thinning
-all of them out, so the default w is small. It was chosen on validation text (`python -m
-benchmarks.quality rates`). A member is an axis: a site, or a block where axes are blocks.
+all of them out, so the default w is small; it was chosen on validation text
+(`benchmarks.rates`). A member is an axis: a site, or a block where axes are blocks.
 
 What it does not know: that members could differ from one another: two settings are all an answer
 has. And any other target: sixty-four requests cost sixty-four searches.
