@@ -69,10 +69,16 @@ def write_multimodal(folder: Path, language: Path) -> Path:
     return folder
 
 
-def measure(model: str, allocators: Sequence[str], test_tokens: int) -> list[Comparison]:
+def measure(
+    model: str, allocators: Sequence[str], *, tokens: int, test_tokens: int
+) -> list[Comparison]:
     """Compare allocators on a model, as ``unicuco compare`` does."""
     options = CompareOptions(
-        model=model, allocators=tuple(allocators), sparsities=SPARSITIES, test_tokens=test_tokens
+        model=model,
+        allocators=tuple(allocators),
+        sparsities=SPARSITIES,
+        tokens=tokens,
+        test_tokens=test_tokens,
     )
     report = compare(options, backend_factory=LocalBackend, progress=lambda step: None)
     return list(report.results)
@@ -81,15 +87,17 @@ def measure(model: str, allocators: Sequence[str], test_tokens: int) -> list[Com
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--test-tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=1024, help="per trial")
+    parser.add_argument("--test-tokens", type=int, default=4096)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    sizes = {"tokens": options.tokens, "test_tokens": options.test_tokens}
     language = resolve_model("reference")
     with TemporaryDirectory() as made:
         folder = write_multimodal(Path(made) / "llava", language)
         paths = [site.path for site in load_model(folder).profile.sites]
-        found = measure(str(folder), ALLOCATORS, options.test_tokens)
-    alone = measure("reference", ("uniform",), options.test_tokens)
+        found = measure(str(folder), ALLOCATORS, **sizes)
+    alone = measure("reference", ("uniform",), **sizes)
     rows = [
         (name, r.allocator, r.sparsity, r.kl, r.perplexity, r.evaluations)
         for name, results in (("multimodal", found), ("its language tower", alone))
@@ -101,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save(
         "multimodal",
         {
-            "test_tokens": options.test_tokens,
+            **sizes,
             "sites": len(paths),
             "sites_outside_the_language_tower": len(outside),
             "multimodal": [asdict(result) for result in found],
