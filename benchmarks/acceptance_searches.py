@@ -12,9 +12,11 @@ import torch
 from benchmarks.common import Finding
 from unicuco.search import REQUEST_SEARCHES, RequestConfig, RequestSearch
 from unicuco.search.drive import outcome_of
+from unicuco.search.evop import Evop, EvopOptions, one_at_a_time
 from unicuco.search.optspa import NUM_BINS, bins_strategy
 from unicuco.search.progression import Progression
 from unicuco.search.request import axis_blocks, run_request
+from unicuco.testing.cases import EvaluationCase, random_tokens
 from unicuco.testing.planted import (
     planted_case,
     planted_judge,
@@ -22,10 +24,11 @@ from unicuco.testing.planted import (
     shuffled_strategy,
 )
 from unicuco.testing.request_contract import ToyJudge, toy_request
-from unicuco.types import Ask, Evaluation, Strategy
+from unicuco.types import Ask, Evaluation, Outcome, Strategy
 
 _SPARSITY: Final = 0.6
 _UNITS: Final = 50.0
+_EVOP_UNITS: Final = 150.0
 _SEEDS: Final = 5
 
 
@@ -36,21 +39,13 @@ def findings() -> list[Finding]:
         *_optspa(),
         *_progression(),
         *_descent(),
+        *_evop(),
     ]
 
 
 def _planted(name: str) -> list[Finding]:
     case, judge = planted_case(), planted_judge()
-    space = case.space
-    config = RequestConfig(
-        space=space,
-        curves=case.curves,
-        blocks=axis_blocks(case.loaded.profile, case.config.granularity),
-        sparsity=_SPARSITY,
-        tokens=case.tokens.num_tokens,
-        seed=0,
-        units=_UNITS,
-    )
+    space, config = case.space, _request_to(case, units=_UNITS)
     search, asked = REQUEST_SEARCHES[name](config), list[Ask]()
 
     def evaluate(ask: Ask) -> Evaluation:
@@ -81,8 +76,57 @@ def _planted(name: str) -> list[Finding]:
     ]
 
 
+def _request_to(case: EvaluationCase, *, units: float) -> RequestConfig:
+    return RequestConfig(
+        space=case.space,
+        curves=case.curves,
+        blocks=axis_blocks(case.loaded.profile, case.config.granularity),
+        sparsity=_SPARSITY,
+        tokens=case.tokens.num_tokens,
+        seed=0,
+        units=units,
+    )
+
+
 def _kl(strategy: Strategy) -> float:
     return planted_judge().evaluate(strategy).kl
+
+
+def _evop() -> list[Finding]:
+    """Measure EvoP's patterns: as this project uses them, and as published (whole members)."""
+    case, judge = planted_case(), planted_judge()
+    unseen = random_tokens(seed=3, num_windows=8, context=48)
+    evaluator, found = case.evaluator_on(unseen), list[Finding]()
+    axes = case.space.num_axes
+    for name, options in (("", EvopOptions()), (" at full depth", EvopOptions(depth=1.0))):
+        search = Evop(_request_to(case, units=_EVOP_UNITS), options)
+        asked: list[Strategy] = []
+
+        def evaluate(ask: Ask, asked: list[Strategy] = asked) -> Outcome:
+            asked.append(ask.strategy)
+            return outcome_of(judge, ask)
+
+        run_request(search, evaluate)
+        ranked = search.strategy(one_at_a_time(search, _kl))
+        held_out = evaluator.evaluate(search.best).kl
+        counts = {sum(value > _SPARSITY for value in strategy.values) for strategy in asked}
+        test = f"{_EVOP_UNITS:.0f} units{name}, KL on text that it did not see, relative to"
+        found += [
+            Finding("evop", f"different numbers of members of {axes}{name}", len(counts), "== 1"),
+            Finding(
+                "evop",
+                f"{test} removing what costs least alone",
+                held_out / evaluator.evaluate(ranked).kl,
+                "<= 1" if not name else "",
+            ),
+            Finding(
+                "evop",
+                f"{test} uniform's",
+                held_out / evaluator.evaluate(case.space.uniform(_SPARSITY)).kl,
+                "< 1" if not name else "",
+            ),
+        ]
+    return found
 
 
 def _toy(search: RequestSearch) -> float:

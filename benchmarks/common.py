@@ -8,7 +8,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -78,14 +78,12 @@ class Bench:
             options = LearnOptions(model=model, out=Path(folder), tokens=tokens, seed=seed)
             self.prepared: Prepared = prepare(options, Path(folder), lambda _: None)
         self.arrays = self.prepared.model_arrays()
-        search = self.prepared.texts.search
-        self.search_arrays = {**self.arrays, **self.prepared.text_arrays(search)}
-        self.search_judge = LocalEvaluator(self.prepared.evaluator, self.search_arrays)
+        evaluator, self.search_arrays = self.prepared.judging(self.prepared.texts.search)
+        self.search_judge = LocalEvaluator(evaluator, self.search_arrays)
         tokenizer = load_tokenizer(self.prepared.loaded.folder)
         test = test_windows(tokenizer, None, tokens=test_tokens, context=self.prepared.context)
-        config = replace(self.prepared.evaluator, text_digest=test.digest)
-        self.test_arrays = {**self.arrays, **self.prepared.text_arrays(test)}
-        self.test_judge = LocalEvaluator(config, self.test_arrays)
+        evaluator, self.test_arrays = self.prepared.judging(test)
+        self.test_judge = LocalEvaluator(evaluator, self.test_arrays)
         self.test_tokens = test.num_tokens
         self.space = self.prepared.space
         self.context = allocation_context(self.prepared)

@@ -52,12 +52,12 @@ class LocalModel(LM):  # type: ignore[misc]  # the base class is untyped
         return [found[k] for k in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
-        """Refuse: no task here asks for it."""
-        raise NotImplementedError("only multiple choice is scored here")
+        """Refuse: a text has no choices."""
+        raise _refusal(requests, "the likelihood of whole texts")
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
-        """Refuse: no task here asks for it."""
-        raise NotImplementedError("only multiple choice is scored here")
+        """Refuse: what is generated is no choice."""
+        raise _refusal(requests, "generated text")
 
     def _encode(self, text: str, continuation: str) -> tuple[list[int], int]:
         """Return the tokens of both together, and how many of them are the continuation's."""
@@ -79,6 +79,15 @@ class LocalModel(LM):  # type: ignore[misc]  # the base class is untyped
             _continuation(logits[k, : len(ids) - 1][-count:], torch.tensor(ids[-count:]))
             for k, (ids, count) in enumerate(pairs)
         ]
+
+
+# Any: as `LocalModel.loglikelihood`
+def _refusal(requests: Sequence[Any], wanted: str) -> SystemExit:
+    names = {str(getattr(request, "task_name", None) or "given") for request in requests}
+    return SystemExit(
+        f"the task {', '.join(sorted(names))} asks for {wanted}; here continuations are scored by "
+        "log likelihood only: give a task with output_type multiple_choice"
+    )
 
 
 def _continuation(log_p: Tensor, tokens: Tensor) -> tuple[float, bool]:

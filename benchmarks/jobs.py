@@ -23,6 +23,7 @@ import torch
 from benchmarks.ledger import WORK, Once, Record, Setting
 from benchmarks.second_model import resolve
 from unicuco.allocate import ALLOCATORS
+from unicuco.calibration import Sampling
 from unicuco.models import load_tokenizer
 from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn
 from unicuco.pipeline.contest import LEARNED, Answer, Contest
@@ -32,6 +33,7 @@ from unicuco.pipeline.run import MANIFEST
 from unicuco.pipeline.texts import test_windows
 from unicuco.rows import RowRule
 from unicuco.search import REQUEST_SEARCHES
+from unicuco.search.drive import Pool
 from unicuco.types import Strategy
 
 EVOLUTION_UNITS = 300.0
@@ -133,10 +135,8 @@ class Arena:
         with TemporaryDirectory() as made:  # another process may prepare the same
             self.prepared = prepare(self._options, Path(made), lambda step: None)
         self._contest = Contest(self.prepared, self.folder, seed=seed, progress=lambda step: None)
-        search = self.prepared.texts.search
-        arrays = {**self.prepared.model_arrays(), **self.prepared.text_arrays(search)}
-        self._pool = LocalBackend().start_pool(self.prepared.evaluator, arrays)
-        self._search_judge = TestJudge(self.prepared, search)
+        self._pools: dict[Sampling, Pool] = {}
+        self._search_judge = TestJudge(self.prepared, self.prepared.texts.search)
         tokenizer = load_tokenizer(self.prepared.loaded.folder)
         test = test_windows(
             tokenizer, model.test, tokens=setting.test_tokens, context=self.prepared.context
@@ -173,7 +173,13 @@ class Arena:
             )
             return _shared(answers, elapsed()), once
         found = [self._search(job, sparsity) for sparsity in job.sparsities]
-        return found, prepared
+        costs = self._contest.sampling_costs(job.method)
+        return found, replace(
+            prepared,
+            seconds=prepared.seconds + sum(cost.seconds for cost in costs),
+            wall_s=prepared.wall_s + sum(cost.seconds for cost in costs),
+            units=prepared.units + sum(cost.cost_units for cost in costs),
+        )
 
     def record(self, seed: int, answer: Answer, seconds: float) -> Record:
         """Measure an answer on the test text and on the search text, and keep its strategy."""
@@ -208,10 +214,18 @@ class Arena:
     def _search(self, job: Job, sparsity: float) -> tuple[Answer, float]:
         database = self.folder / f"{job.method}-{sparsity:g}.db"
         resumed = database.exists()
+        pool = self._pool(self._contest.sampling(job.method))
         with cpu_seconds() as elapsed:
-            answer = self._contest.search(job.method, sparsity, self._pool, units=job.units or None)
+            answer = self._contest.search(job.method, sparsity, pool, units=job.units or None)
         # Of a search that was cut off only the store knows the time, and that is wall time.
         return answer, answer.seconds if resumed else elapsed()
+
+    def _pool(self, sampling: Sampling) -> Pool:
+        """Return the evaluator on a search text; it is made once."""
+        if sampling not in self._pools:
+            text = self._contest.search_text(sampling)
+            self._pools[sampling] = LocalBackend().start_pool(*self.prepared.judging(text))
+        return self._pools[sampling]
 
     def _learn(self, seed: int) -> tuple[Run, Once]:
         """Learn the seed's one run, or open it; every table uses the same."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +81,17 @@ def test_tasks_are_measured_on_kept_strategies_and_the_dense_model(
 def test_unknown_parts_and_tasks_are_one_line(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(SystemExit, match=said):
         quality.main(words)
+
+
+def test_what_is_no_multiple_choice_is_refused_in_one_line_that_names_the_task() -> None:
+    from benchmarks.harness import LocalModel
+
+    model = LocalModel(None, None, 8)  # type: ignore[arg-type]  # neither is looked at
+    request = SimpleNamespace(task_name="gsm8k")
+    with pytest.raises(SystemExit, match=r"task gsm8k asks for generated text.* multiple_choice"):
+        model.generate_until([request])
+    with pytest.raises(SystemExit, match="likelihood of whole texts"):
+        model.loglikelihood_rolling([request])
 
 
 def test_a_ledger_of_another_setting_is_begun_anew(results: Path) -> None:

@@ -25,12 +25,13 @@ from unicuco.allocate.base import AllocationContext
 from unicuco.allocate.evidence import Evidence
 from unicuco.allocate.learned import (
     call_with_weights,
-    check_finite,
     check_memory,
     check_reachable,
+    descend,
     site_strategies,
     stored,
     token_loss,
+    windows_in_turn,
 )
 from unicuco.allocate.soft_threshold import BETAS, num_zeroed, soft_threshold
 from unicuco.types import Strategy
@@ -109,18 +110,14 @@ def learn_path(evidence: Evidence, options: AdapMtlOptions) -> ThresholdPath:
     generator = torch.Generator().manual_seed(evidence.seed)
     windows = evidence.calibration.ids.split(1)
     first, last = options.decay
-    order: list[int] = []
+    turns = windows_in_turn(len(windows), options.steps, generator)
     thresholds: list[Tensor] = []
     fractions: list[Tensor] = []
     with torch.enable_grad():
-        for step in range(options.steps):
-            order = order or torch.randperm(len(windows), generator=generator).tolist()
-            optimizer.zero_grad()
-            check_finite(AdapMtl.name, _loss(evidence, s, windows[order.pop()])).backward()
-            assert s.grad is not None
+        for step, window in enumerate(turns):
             decay = first * (last / first) ** (step / max(1, options.steps - 1))
-            s.grad += decay * s.detach()
-            optimizer.step()
+            pull = 0.5 * decay * s.square().sum()  # its gradient is the weight decay
+            descend(AdapMtl.name, optimizer, _loss(evidence, s, windows[window]) + pull)
             thresholds.append(s.detach().clone())
             fractions.append(_fractions(evidence, thresholds[-1]))
     sizes = torch.tensor([float(site.num_weights) for site in profile.sites]).double()

@@ -31,11 +31,12 @@ from unicuco.allocate.base import AllocationContext
 from unicuco.allocate.evidence import Evidence
 from unicuco.allocate.learned import (
     call_with_weights,
-    check_finite,
     check_memory,
     check_reachable,
+    descend,
     site_strategies,
     stored,
+    windows_in_turn,
 )
 from unicuco.models import block_module
 from unicuco.ranks import keep_mask
@@ -49,7 +50,10 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BesaOptions:
-    """``steps`` per block, a window each (published: one epoch of 128); ``beta`` is published."""
+    """``steps`` per block, a window each (published: one epoch of 128); ``beta`` is published.
+
+    ``learning_rate`` was chosen on validation text (`benchmarks.rates`).
+    """
 
     steps: int = 128
     beta: float = 5.0
@@ -156,18 +160,12 @@ class _Block:
             wanted = [self._run(k, x, None) for k, x in enumerate(inputs)]
         logits = candidate_logits(target).repeat(len(self._sites), 1).requires_grad_(True)
         optimizer = torch.optim.Adam([logits], lr=options.learning_rate)
-        order: list[int] = []
         with torch.enable_grad():
-            for _ in range(options.steps):
-                order = order or torch.randperm(len(inputs), generator=self._order).tolist()
-                k = order.pop()
+            for k in windows_in_turn(len(inputs), options.steps, self._order):
                 masks, sparsity = self._masks(logits)
                 error = _relative_error(self._run(k, inputs[k], masks), wanted[k])
                 deviation = (sparsity - target) / max(target, 0.01)
-                loss = check_finite(Besa.name, error + options.beta * deviation.square())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                descend(Besa.name, optimizer, error + options.beta * deviation.square())
         with torch.no_grad():
             masks, _ = self._masks(logits)
             outputs = [self._run(k, x, masks) for k, x in enumerate(inputs)]

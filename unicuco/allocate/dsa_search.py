@@ -3,19 +3,30 @@
 The paper describes it and its code leaves it out. Written from the description: expressions are
 judged by what they cost (the judge: say, the KL of the allocation that an expression makes), the
 best ones are crossed part by part and mutated one operation at a time. No expression is judged
-twice. The judge's numbers decide, and nothing else does: the same seed and judge find the same.
+twice, nor two that come to the same thing: of random chains three in ten do (a rising
+post-operation hardly changes what is scaled to [0, 1] afterwards), and finding that out costs no
+evaluation. The judge's numbers decide, and nothing else does: the same seed and judge find the
+same.
+
+What it does not know: how much there is to find. On the planted model one random expression in
+sixteen comes within a hundredth of the best that keep ratios of this width allow, so random search
+is nearly as good there.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Final
 
 from unicuco.allocate.expressions import POST, PRE, REDUCE, Expression
 
+_TRIES: Final = 1000
+
 Judge = Callable[[Expression], float]
+Effect = Callable[[Expression], Hashable]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +70,11 @@ class SearchResult:
 
 
 def search_expressions(
-    judge: Judge, options: SearchOptions, *, first: tuple[Expression, ...] = ()
+    judge: Judge,
+    options: SearchOptions,
+    *,
+    first: tuple[Expression, ...] = (),
+    effect: Effect = str,
 ) -> SearchResult:
     """Evolve expressions.
 
@@ -68,27 +83,35 @@ def search_expressions(
             worst.
         options: of the search.
         first: expressions to start from besides random ones, at most the population.
+        effect: what an expression comes to, found without judging it, e.g. its strategy's key; of
+            those with equal effects one is judged.
     """
     draw = random.Random(options.seed)
-    known: dict[Expression, float] = {}
-    for expression in (*first[: options.population], *_fresh(draw, options.population, known)):
-        if len(known) < options.population and expression not in known:
-            known[expression] = _cost(judge, expression)
-    while len(known) < options.evaluations:
-        ranked = sorted(known, key=lambda expression: known[expression])
+    pool = _Pool(judge, effect)
+    for expression in first[: options.population]:
+        pool.add(expression)
+    while len(pool.known) < options.population and pool.has_more:
+        pool.add(draw_expression(draw))
+    while len(pool.known) < options.evaluations and pool.has_more:
+        ranked = sorted(pool.known, key=lambda expression: pool.known[expression])
         parents = ranked[: options.parents]
-        for _ in range(min(options.population, options.evaluations - len(known))):
-            child = _child(draw, parents, options.mutation, known)
-            known[child] = _cost(judge, child)
-    return SearchResult(judged=tuple(known.items()))
+        for _ in range(min(options.population, options.evaluations - len(pool.known))):
+            child = cross(draw, *draw.sample(parents, 2))
+            if draw.random() < options.mutation:
+                child = mutate(draw, child)
+            while not pool.add(child) and pool.has_more:
+                child = mutate(draw, child)
+    return SearchResult(judged=tuple(pool.known.items()))
 
 
-def random_expressions(judge: Judge, evaluations: int, *, seed: int) -> SearchResult:
+def random_expressions(
+    judge: Judge, evaluations: int, *, seed: int, effect: Effect = str
+) -> SearchResult:
     """Judge random expressions: what a search has to beat at equal evaluations."""
-    known: dict[Expression, float] = {}
-    for expression in _fresh(random.Random(seed), evaluations, known):
-        known[expression] = _cost(judge, expression)
-    return SearchResult(judged=tuple(known.items()))
+    draw, pool = random.Random(seed), _Pool(judge, effect)
+    while len(pool.known) < evaluations and pool.has_more:
+        pool.add(draw_expression(draw))
+    return SearchResult(judged=tuple(pool.known.items()))
 
 
 def draw_expression(draw: random.Random) -> Expression:
@@ -136,27 +159,29 @@ def _changed(
     return tuple(own)
 
 
-def _child(
-    draw: random.Random, parents: list[Expression], mutation: float, known: dict[Expression, float]
-) -> Expression:
-    """Return an expression that was not judged yet, as near to the parents as can be drawn."""
-    child = cross(draw, *draw.sample(parents, 2))
-    if draw.random() < mutation:
-        child = mutate(draw, child)
-    while child in known:
-        child = mutate(draw, child)
-    return child
+class _Pool:
+    """What was judged, one expression of each effect."""
 
+    def __init__(self, judge: Judge, effect: Effect) -> None:
+        self.known: dict[Expression, float] = {}
+        self._judge = judge
+        self._effect = effect
+        self._effects: set[Hashable] = set()
+        self._refused: int = 0
 
-def _fresh(draw: random.Random, count: int, known: dict[Expression, float]) -> list[Expression]:
-    found: list[Expression] = []
-    while len(found) < count:
-        expression = draw_expression(draw)
-        if expression not in known and expression not in found:
-            found.append(expression)
-    return found
+    @property
+    def has_more(self) -> bool:
+        """Whether anything new is likely to be drawn: the last thousand were not all known."""
+        return self._refused < _TRIES
 
-
-def _cost(judge: Judge, expression: Expression) -> float:
-    cost = float(judge(expression))
-    return cost if math.isfinite(cost) else math.inf
+    def add(self, expression: Expression) -> bool:
+        """Judge an expression, unless one like it was judged; say whether it was new."""
+        effect = self._effect(expression)
+        if effect in self._effects:
+            self._refused += 1
+            return False
+        self._refused = 0
+        self._effects.add(effect)
+        cost = float(self._judge(expression))
+        self.known[expression] = cost if math.isfinite(cost) else math.inf
+        return True

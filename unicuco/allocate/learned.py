@@ -8,7 +8,7 @@ Notation: b requests, d axes, o rows and i columns of a site, t tokens, v vocabu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -68,6 +68,25 @@ def check_finite(name: str, loss: Tensor) -> Tensor:
             "the model overflows there: give another text or allocator"
         )
     return loss
+
+
+def windows_in_turn(num_windows: int, steps: int, generator: torch.Generator) -> Iterator[int]:
+    """Yield the window of every step: all of them in random order, again and again."""
+    order: list[int] = []
+    for _ in range(steps):
+        order = order or torch.randperm(num_windows, generator=generator).tolist()
+        yield order.pop()
+
+
+def descend(name: str, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one step down a loss.
+
+    Raises:
+        AllocationError: the loss of the allocator ``name`` is NaN or infinite.
+    """
+    optimizer.zero_grad()
+    check_finite(name, loss).backward()
+    optimizer.step()
 
 
 def token_loss(logits: Tensor, ids: Tensor) -> Tensor:

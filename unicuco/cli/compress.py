@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from unicuco.cli.backend import AddressOption, ReplicasOption, check_address, open_backend
+from unicuco.cli.learn_options import LearnChoices, with_learn_options
 from unicuco.cli.plan_table import plan_table
 from unicuco.cli.progress import ProgressDisplay
 from unicuco.cli.prune import VariantOutOption
@@ -24,6 +25,7 @@ from unicuco.cli.request_options import (
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 
 
+@with_learn_options
 def compress(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="reference, a Hugging Face folder, or a hub id.")],
@@ -37,14 +39,21 @@ def compress(
     task_weights: TaskWeightsOption = None,
     run: Annotated[
         Path | None,
-        typer.Option("--run", help="The run to use; it is learned first when there is none."),
+        typer.Option(
+            "--run", help="The run to use, learned first when there is none; else OUT.run."
+        ),
     ] = None,
+    *,
+    learning: LearnChoices,
     address: AddressOption = "local",
     replicas: ReplicasOption = 1,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Learn a run if there is none, then cut, check and report the variant."""
+    """Learn a run if there is none, then cut, check and report the variant.
+
+    The options of method and text say how a run is learned; one that is there must agree with them.
+    """
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
         request = read_request(
             sparsity=sparsity,
@@ -58,12 +67,13 @@ def compress(
         check_address(address, replicas=replicas)
         from unicuco.pipeline import compress as compress_model
 
+        folder = out.with_name(f"{out.name}.run") if run is None else run
+        options = learning.to_domain(model, folder, replicas=replicas, resume=False)
         with ProgressDisplay() as progress:
             report = compress_model(
-                model,
+                options,
                 request,
                 out,
-                run=run,
                 backend_factory=lambda: open_backend(address, replicas=replicas),
                 progress=progress,
             )

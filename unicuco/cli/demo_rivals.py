@@ -95,8 +95,7 @@ class Rivals:
     def time_search(self, sparsity: float) -> SearchCost:
         """Run a few generations of a search for one target on all cores, and time them."""
         prepared = self._prepared
-        arrays = {**prepared.model_arrays(), **prepared.text_arrays(prepared.texts.search)}
-        evaluator = LocalEvaluator(prepared.evaluator, arrays)
+        evaluator = LocalEvaluator(*prepared.judging(prepared.texts.search))
         contest = Contest(prepared, self._run.folder, seed=0, progress=lambda step: None)
         config = replace(contest.config, sparsity=sparsity)
         search = Evolution(

@@ -204,17 +204,18 @@ class _Entrants:
         return [answer for name in self._options.allocators for answer in found[name]]
 
     def _search(self, names: list[str]) -> dict[str, list[Answer]]:
-        prepared = self._prepared
-        arrays = {**prepared.model_arrays(), **prepared.text_arrays(prepared.texts.search)}
-        with self._backend_factory() as backend:
-            pool = backend.start_pool(prepared.evaluator, arrays)
-            return {
-                name: [
-                    self._contest.search(name, sparsity, pool)
-                    for sparsity in self._options.sparsities
-                ]
-                for name in names
-            }
+        contest, found = self._contest, dict[str, list[Answer]]()
+        for sampling in dict.fromkeys(map(contest.sampling, names)):
+            with self._backend_factory() as backend:
+                text = contest.search_text(sampling)
+                pool = backend.start_pool(*self._prepared.judging(text))
+                for name in names:
+                    if contest.sampling(name) is sampling:
+                        found[name] = [
+                            contest.search(name, sparsity, pool)
+                            for sparsity in self._options.sparsities
+                        ]
+        return found
 
     def _learn(self) -> Run:
         options, out = self._options, self._folder / "run"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Final
 
+from unicuco.errors import RequestError
 from unicuco.export.staging import check_target
+from unicuco.models import load_tokenizer
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
-from unicuco.pipeline.learning import default_run_folder, learn
+from unicuco.pipeline.learning import learn
 from unicuco.pipeline.options import LearnOptions, ProgressSink
+from unicuco.pipeline.preparation import read_texts
 from unicuco.pipeline.pruning import prune
 from unicuco.pipeline.run import MANIFEST, Run
 from unicuco.types import Plan, Request
+
+_FLAGS: Final = {"tasks": "--task"}  # options that are called otherwise on the command line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,31 +42,56 @@ class CompressReport:
 
 
 def compress(
-    model: str,
+    learning: LearnOptions,
     request: Request,
     out: Path,
     *,
-    run: Path | None,
     backend_factory: Callable[[], Backend],
     progress: ProgressSink,
 ) -> CompressReport:
     """Learn a run if there is none, cut the variant, and measure it on test text.
 
     Args:
-        model: the base model.
+        learning: the base model, the run to use, or to learn if it is not there, and how; an
+            unfinished one goes on.
         request: what is wanted.
         out: the variant's folder.
-        run: the run to use, or to learn if it is not there; none: a folder beside ``out``.
         backend_factory: makes the backend if learning is needed.
         progress: told of every stage.
+
+    Raises:
+        RequestError: the run is there, and was learned otherwise than ``learning`` says.
     """
     check_target(out, overwrite=False)
-    folder = default_run_folder(out) if run is None else run
+    folder = learning.out
     if (folder / MANIFEST).exists():
-        learned = Run.open(folder, base=model)
+        learned = Run.open(folder, base=learning.model)
+        _check_learned(learned, learning)
     else:
-        options = LearnOptions(model=model, out=folder, resume=(folder / "evaluations.db").exists())
+        options = replace(learning, resume=(folder / "evaluations.db").exists())
         learned = learn(options, backend=backend_factory(), progress=progress)
     plan = prune(learned, request, out)
-    measured = evaluate_variant(out, reference=model, progress=progress)
+    measured = evaluate_variant(out, reference=learning.model, progress=progress)
     return CompressReport(plan=plan, out=out, run=folder, measured=measured)
+
+
+def _check_learned(run: Run, wanted: LearnOptions) -> None:
+    """Refuse options that a run which is there was not learned with; a default asks for nothing."""
+    plain = LearnOptions(model=wanted.model, out=wanted.out)
+    recorded = run.manifest["options"]
+    asked = {
+        name: value
+        for name, value in {**wanted.decisive(), "evaluations": wanted.evaluations}.items()
+        if value != {**plain.decisive(), "evaluations": None}.get(name)
+    }
+    differing = [name for name, value in asked.items() if recorded.get(name) != value]
+    if (wanted.calibration or wanted.tasks) and not differing:
+        tokenizer = load_tokenizer(run.base_folder)
+        texts = read_texts(wanted, tokenizer, int(recorded["context"]))
+        if texts.search.digest != run.manifest["data"]["search"]:
+            differing.append("tasks" if wanted.tasks else "calibration")
+    if differing:
+        names = " and ".join(_FLAGS.get(name, f"--{name.replace('_', '-')}") for name in differing)
+        raise RequestError(
+            f"{run.folder} was learned with another {names}: leave it out, or name another --run"
+        )

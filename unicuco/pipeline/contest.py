@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from unicuco.allocate import ALLOCATORS, Allocator, RowAllocator
+from unicuco.calibration import Sampling, TokenSet
 from unicuco.errors import RunError, UnicucoError
 from unicuco.pipeline.options import ProgressSink
 from unicuco.pipeline.preparation import Prepared, allocation_context
@@ -23,7 +24,7 @@ from unicuco.rows import RowRule
 from unicuco.search import REQUEST_SEARCHES, RequestConfig, RequestSearch, SearchAllocator
 from unicuco.search.drive import Pool, Progress, drive
 from unicuco.search.request import axis_blocks
-from unicuco.store import EvaluationStore
+from unicuco.store import EvaluationStore, Measurement
 from unicuco.types import Request, Strategy, Target
 
 LEARNED: Final = "stratnet"
@@ -74,6 +75,7 @@ class Contest:
         self._progress = progress
         self._context = allocation_context(prepared)
         self._allocators: dict[str, Allocator] = {}
+        self._sampled: tuple[TokenSet, Measurement] | None = None
 
     def one_shot(self, name: str, sparsities: Sequence[float]) -> list[Answer]:
         """Ask an allocator of `ALLOCATORS`; its seconds are shared evenly by the requests.
@@ -116,6 +118,25 @@ class Contest:
             )
         return answers
 
+    def sampling(self, name: str) -> Sampling:
+        """Return how the windows that judge a search's strategies are chosen."""
+        return REQUEST_SEARCHES[name](self.config).sampling
+
+    def search_text(self, sampling: Sampling) -> TokenSet:
+        """Return the text that searches are judged on: as many tokens however they are chosen."""
+        if sampling is Sampling.EVEN:
+            return self._prepared.texts.search
+        return self._sample()[0]
+
+    def sampling_costs(self, name: str) -> tuple[Measurement, ...]:
+        """Return what choosing a search's windows costs, once for all its requests."""
+        return () if self.sampling(name) is Sampling.EVEN else (self._sample()[1],)
+
+    def _sample(self) -> tuple[TokenSet, Measurement]:
+        if self._sampled is None:
+            self._sampled = self._prepared.sampled_search_text(self._seed)
+        return self._sampled
+
     def search(
         self, name: str, sparsity: float, pool: Pool, *, units: float | None = None
     ) -> Answer:
@@ -124,7 +145,7 @@ class Contest:
         Args:
             name: of `REQUEST_SEARCHES`.
             sparsity: the request.
-            pool: of evaluators on the search text, nothing pending.
+            pool: of evaluators on the `search_text` of its sampling, nothing pending.
             units: to spend at most; none: the method's own number.
         """
         runs = _SearchRun(self, name, sparsity, pool)
@@ -186,10 +207,11 @@ class _SearchRun:
                 self.seconds = elapsed()
 
     def _identity(self, search: RequestSearch) -> dict[str, object]:
-        prepared = self._contest._prepared
+        prepared, sampling = self._contest._prepared, search.sampling
+        text = prepared.texts if sampling is Sampling.EVEN else self._contest.search_text(sampling)
         return {
             "base_model": prepared.loaded.profile.digest,
-            "data": prepared.texts.digest,
+            "data": text.digest,
             "granularity": str(prepared.search.granularity),
             "seed": self._contest._seed,
             "evaluations": search.num_evaluations,

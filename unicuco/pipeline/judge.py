@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unicuco.calibration import TokenSet
@@ -50,9 +50,7 @@ class TestJudge:
     def __init__(self, prepared: Prepared, text: TokenSet) -> None:
         if text.context < 2:
             raise TextError("the test text is too short: it needs at least 2 tokens")
-        config = replace(prepared.evaluator, text_digest=text.digest)
-        arrays = {**prepared.model_arrays(), **prepared.text_arrays(text)}
-        self._evaluator = LocalEvaluator(config, arrays)
+        self._evaluator = LocalEvaluator(*prepared.judging(text))
         self.num_tokens = text.num_tokens
 
     def measure(self, strategy: Strategy, rows: RowRule | None = None) -> TestQuality:

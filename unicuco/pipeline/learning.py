@@ -221,8 +221,7 @@ def _validate(
     space = prepared.space
     text = prepared.texts.validation
     started = time.perf_counter()
-    config = replace(prepared.evaluator, text_digest=text.digest)
-    evaluator = LocalEvaluator(config, {**prepared.model_arrays(), **prepared.text_arrays(text)})
+    evaluator = LocalEvaluator(*prepared.judging(text))
     _record_dense("validation", text, store, time.perf_counter() - started)
     low, high = prepared.search.sparsity_range
     targets = torch.linspace(low + 0.1, high, _VALIDATION_POINTS, dtype=torch.float64).tolist()
@@ -355,8 +354,3 @@ def _levels_document(prepared: Prepared) -> dict[str, object]:
         return {}
     digest = LevelDatabase(levels.folder, levels.plan).digest(levels.profile)
     return {"levels": {"step": levels.plan.step, "bytes": levels.num_bytes, "digest": digest}}
-
-
-def default_run_folder(out: Path) -> Path:
-    """Return where ``compress`` keeps the run that it learns for a variant written to ``out``."""
-    return out.with_name(f"{out.name}.run")

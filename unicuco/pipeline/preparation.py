@@ -86,6 +86,16 @@ class Prepared:
         """Return a text's arrays for evaluators; runs the dense model once over it."""
         return pack_text(text.ids, dense_reference(self.loaded.model, text.ids))
 
+    def judging(self, text: TokenSet) -> tuple[EvaluatorConfig, Arrays]:
+        """Return what evaluators on a text are made of; runs the dense model once over it."""
+        arrays = {**self.model_arrays(), **self.text_arrays(text)}
+        return replace(self.evaluator, text_digest=text.digest), arrays
+
+    def sampled_search_text(self, seed: int) -> tuple[TokenSet, Measurement]:
+        """Draw as many windows as the search text has, by clusters, from all that it could have."""
+        search = self.texts.search
+        return _clustered(self.loaded, self.source, TextPart.SEARCH, search, search, seed=seed)
+
 
 def build_levels(
     prepared: Prepared,
@@ -147,11 +157,20 @@ def prepare(
     loaded = load_model(options.model)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
-    texts = _texts(options, tokenizer, context)
+    texts = read_texts(options, tokenizer, context)
     source = LearningSource(tokenizer=tokenizer, source=options.calibration, tasks=options.tasks)
     costs: list[Measurement] = []
     if options.calibration_sampling == Sampling.CLUSTERED:
-        texts = _clustered(options, loaded, texts, source, costs)
+        chosen, cost = _clustered(
+            loaded,
+            source,
+            TextPart.CALIBRATION,
+            texts.calibration,
+            texts.search,
+            seed=options.seed,
+        )
+        texts = replace(texts, calibration=chosen)
+        costs.append(cost)
     progress(Progress(stage="load", done=1, total=1))
     check(loaded.profile.digest, texts.digest)
     levels = levelling.plan_levels(options.pruner, loaded, texts.calibration, folder)
@@ -182,9 +201,14 @@ def prepare(
     )
 
 
-def _texts(
+def read_texts(
     options: LearnOptions, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> LearningTexts:
+    """Return the three texts that the options name, ``context`` tokens per window, spread evenly.
+
+    Raises:
+        TextError: a text can't be read or is too short.
+    """
     if options.tasks:
         return task_texts(tokenizer, options.tasks, tokens=options.tokens, context=context)
     return learning_texts(tokenizer, options.calibration, tokens=options.tokens, context=context)
@@ -221,27 +245,30 @@ def _search_config(
 
 
 def _clustered(
-    options: LearnOptions,
     loaded: LoadedModel,
-    texts: LearningTexts,
     source: LearningSource,
-    costs: list[Measurement],
-) -> LearningTexts:
-    """Draw the calibration windows anew, by groups, from all windows of their text."""
+    part: TextPart,
+    even: TokenSet,
+    search: TokenSet,
+    *,
+    seed: int,
+) -> tuple[TokenSet, Measurement]:
+    """Draw the windows of a text anew, by groups, from all windows that it could have.
+
+    Returns:
+        As many windows as ``even``, and what finding their groups cost: one pass over all of them,
+        in passes over the ``search`` text.
+    """
     started = time.perf_counter()
-    even = texts.calibration
-    pool = source.pool(TextPart.CALIBRATION, context=even.context)
-    chosen = sample_clustered(loaded.model, pool, len(even.ids), seed=options.seed)
-    costs.append(
-        Measurement(
-            purpose="sampling",
-            tokens=pool.num_tokens,
-            cost_units=pool.num_tokens / texts.search.num_tokens,
-            seconds=time.perf_counter() - started,
-            text_digest=pool.digest,
-        )
+    pool = source.pool(part, context=even.context)
+    chosen = sample_clustered(loaded.model, pool, len(even.ids), seed=seed)
+    return chosen, Measurement(
+        purpose="sampling",
+        tokens=pool.num_tokens,
+        cost_units=pool.num_tokens / search.num_tokens,
+        seconds=time.perf_counter() - started,
+        text_digest=pool.digest,
     )
-    return replace(texts, calibration=chosen)
 
 
 def _ranks(

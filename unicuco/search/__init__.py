@@ -17,6 +17,7 @@ from unicuco.errors import RequestError
 from unicuco.search.base import Search, SearchConfig
 from unicuco.search.descent import Descent
 from unicuco.search.evolution import Evolution
+from unicuco.search.evop import Evop
 from unicuco.search.front import FrontSearch, learn_front
 from unicuco.search.optspa import OptSpa
 from unicuco.search.paper import PaperSearch, learn_preferences
@@ -35,6 +36,7 @@ SEARCHES: Final[dict[str, Callable[[SearchConfig], Search]]] = {
 LEARNERS: Final[dict[str, Learner]] = {"default": learn_front, "paper": learn_preferences}
 REQUEST_SEARCHES: Final[dict[str, Callable[[RequestConfig], RequestSearch]]] = {
     "evopress": Evolution,
+    "evop": Evop,
     "optspa": OptSpa,
     "atp": Progression,
     "descent": Descent,

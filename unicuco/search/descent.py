@@ -17,25 +17,33 @@ import torch
 from torch import Tensor
 
 from unicuco.allocate import AllocationContext, Fisher
+from unicuco.calibration import Sampling
 from unicuco.search.request import Record, RequestConfig, asks_of
 from unicuco.surrogate import EPSILON
 from unicuco.types import Ask, Evaluation, Outcome, Strategy
 
 _UNITS_PER_STEP: Final = 3.0
 _STEPS: Final = 12
-_LEARNING_RATE: Final = 0.4  # of the first step, in logits; falls as a cosine
+LEARNING_RATE: Final = 0.4
 _BETAS: Final = (0.0, 0.9)  # a dozen steps leave no time for momentum
 _MIX: Final = 0.5
 
 
 class Descent:
-    """One search (see the module's docstring)."""
+    """One search (see the module's docstring).
+
+    Args:
+        config: of the request.
+        learning_rate: of the first step, in logits; falls as a cosine.
+    """
 
     lag = 1
+    sampling = Sampling.EVEN
     round_size = 1
 
-    def __init__(self, config: RequestConfig) -> None:
+    def __init__(self, config: RequestConfig, learning_rate: float = LEARNING_RATE) -> None:
         self.config = config
+        self._learning_rate = learning_rate
         space = config.space
         self._kept = space.kept_for_sparsity(config.sparsity)
         self._budget = torch.tensor([self._kept], dtype=torch.float64)
@@ -72,13 +80,13 @@ class Descent:
     def _logits(self, num_steps: int) -> Tensor:
         """Return the ``1 x d`` logits after the steps that the first rounds' results imply."""
         z = self._start.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([z], lr=_LEARNING_RATE, betas=_BETAS)
+        optimizer = torch.optim.Adam([z], lr=self._learning_rate, betas=_BETAS)
         for step in range(num_steps):
             for _, outcome in self.record.told(step):
                 if isinstance(outcome, Evaluation) and outcome.gradient is not None:
                     share = step / max(1, self.num_evaluations - 1)
                     optimizer.param_groups[0]["lr"] = (
-                        _LEARNING_RATE * 0.5 * (1.1 + 0.9 * math.cos(math.pi * share))
+                        self._learning_rate * 0.5 * (1.1 + 0.9 * math.cos(math.pi * share))
                     )
                     optimizer.zero_grad()
                     slope = torch.tensor(outcome.gradient, dtype=torch.float64)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from unicuco.calibration import Sampling
 from unicuco.search.request import Record, RequestConfig, asks_of, kl_of, round_generator
 from unicuco.types import Ask, Outcome, Strategy
 
@@ -74,6 +75,7 @@ class Evolution:
     """One search (see the module's docstring). Round 0 judges the start, then stage by stage."""
 
     lag = 1
+    sampling = Sampling.EVEN
 
     def __init__(self, config: RequestConfig, options: EvolutionOptions | None = None) -> None:
         self.config = config

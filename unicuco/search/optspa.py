@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
+from unicuco.calibration import Sampling
 from unicuco.errors import RequestError
 from unicuco.search.request import Record, RequestConfig, asks_of, kl_of
 from unicuco.types import Ask, Outcome, Strategy
@@ -44,6 +45,7 @@ class OptSpa:
     """One search (see the module's docstring)."""
 
     lag = 1
+    sampling = Sampling.EVEN
     round_size = _AT_ONCE
 
     def __init__(self, config: RequestConfig) -> None:

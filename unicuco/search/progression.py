@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from unicuco.calibration import Sampling
 from unicuco.search.request import Record, RequestConfig, asks_of, kl_of
 from unicuco.types import Ask, Outcome, Strategy
 
@@ -25,6 +26,7 @@ class Progression:
     """One search (see the module's docstring); nine trials at most."""
 
     lag = 1
+    sampling = Sampling.EVEN
     round_size = len(_GRID)
 
     def __init__(self, config: RequestConfig) -> None:

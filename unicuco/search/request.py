@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import torch
 
 from unicuco.allocate import AxisCurves
+from unicuco.calibration import Sampling
 from unicuco.dimensions import Granularity
 from unicuco.search.base import Search
 from unicuco.space import StrategySpace
@@ -52,6 +53,7 @@ class RequestSearch(Search, Protocol):
     """A search for one request; ends by asking nothing more."""
 
     lag: int
+    sampling: Sampling  # of the windows of the search text that judge it
 
     @property
     def num_evaluations(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -49,6 +49,12 @@ class EvaluationCase:
     def evaluator(self) -> LocalEvaluator:
         """Build an evaluator of its own."""
         return LocalEvaluator.from_arrays(self.config, self.arrays)
+
+    def evaluator_on(self, tokens: TokenSet) -> LocalEvaluator:
+        """Build an evaluator on another text."""
+        text = pack_text(tokens.ids, dense_reference(self.loaded.model, tokens.ids))
+        config = replace(self.config, text_digest=tokens.digest)
+        return LocalEvaluator.from_arrays(config, {**self.arrays, **text})
 
 
 @cache

@@ -120,6 +120,24 @@ def test_the_same_seed_finds_the_same_and_starts_from_what_it_is_given() -> None
     assert search_expressions(_mismatches, options, first=(PUBLISHED,)) == first
 
 
+def test_expressions_that_come_to_the_same_are_judged_once() -> None:
+    judged: list[Expression] = []
+
+    def judge(expression: Expression) -> float:
+        judged.append(expression)
+        return _mismatches(expression)
+
+    def effect(expression: Expression) -> str:
+        return expression.reduce
+
+    options = SearchOptions(population=6, parents=3, evaluations=40, seed=2)
+    result = search_expressions(judge, options, effect=effect)
+    assert [expression for expression, _ in result.judged] == judged
+    assert sorted(expression.reduce for expression in judged) == sorted(REDUCE), "and then it ends"
+    drawn = random_expressions(_mismatches, 40, seed=2, effect=effect)
+    assert len(drawn.judged) == len(REDUCE)
+
+
 def test_a_cost_that_is_not_finite_is_the_worst() -> None:
     def judge(expression: Expression) -> float:
         return 1.0 if expression.reduce == "VAR" else math.nan

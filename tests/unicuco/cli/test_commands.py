@@ -8,11 +8,13 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from unicuco.cli.learn_options import LearnChoices
 from unicuco.engines import ENGINES
 from unicuco.testing.echo import EchoEngine
 
@@ -197,6 +199,40 @@ def test_compress_uses_the_run_that_is_there_and_reports(
     check_plan(document)
     assert document["measured"]["sparsity"] == pytest.approx(document["sparsity"], abs=1e-9)
     assert (out / "strategy.json").is_file()
+
+
+@pytest.mark.slow
+def test_compress_learns_as_it_is_told(
+    unicuco, tiny_llama: Path, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "variant"
+    words = (
+        "compress", tiny_llama, "--sparsity", 0.5, "--pruner", "magnitude", "--granularity",
+        "block", "--calibration", tiny_text_file, "--tokens", 256, "--context", 32,
+        "--evaluations", 4, "--address", "none", "--json",
+    )  # fmt: skip
+    document = one_document(unicuco(*words, "--out", out))
+    assert document["run"] == str(tmp_path / "variant.run")
+    options = json.loads((tmp_path / "variant.run" / "run.json").read_text())["options"]
+    assert (options["pruner"], options["granularity"]) == ("magnitude", "block")
+    assert all(name.startswith("sparsity/block.") for name in document["strategy"]["settings"])
+    again = unicuco(*words, "--out", tmp_path / "b", "--run", document["run"])
+    assert one_document(again)["strategy"] == document["strategy"]
+    other = unicuco(
+        "compress", tiny_llama, "--run", document["run"], "--sparsity", 0.5, "--pruner",
+        "sparsegpt", "--out", tmp_path / "c",
+    )  # fmt: skip
+    assert other.code == 2
+    assert "learned with another --pruner" in other.stderr.splitlines()[-1]
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("command", ["learn", "compress"])
+def test_what_learns_offers_the_same_options_with_one_default(unicuco, command: str) -> None:
+    shown = unicuco(command, "--help").stdout
+    names = {field.name for field in fields(LearnChoices)} - {"tasks"} | {"task"}
+    assert all(f"--{name.replace('_', '-')} " in shown for name in names)
+    assert "--learning" not in shown
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,33 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.unicuco.pipeline.conftest import ignore_progress
+from tests.unicuco.pipeline.conftest import ignore_progress, tiny_options
 from unicuco.errors import (
     InfeasibleRequestError,
     ModelError,
+    RequestError,
     RunError,
     TextError,
     VariantError,
 )
 from unicuco.export import read_variant
 from unicuco.models import load_model, load_tokenizer, read_site
-from unicuco.pipeline import LocalBackend, Progress, Run, compress, evaluate_variant, prune
+from unicuco.pipeline import (
+    LearnOptions,
+    LocalBackend,
+    Progress,
+    Run,
+    compress,
+    evaluate_variant,
+    prune,
+)
 from unicuco.pipeline.options import DEFAULT_EVALUATIONS
 from unicuco.testing.tiny import tiny_model_folder
 from unicuco.types import Plan, Request
@@ -185,13 +195,14 @@ def no_backend() -> LocalBackend:
     raise AssertionError("nothing is to be learned")
 
 
-def test_compress_uses_the_run_that_is_there(run: Run, tmp_path: Path, quick: None) -> None:
+def test_compress_uses_the_run_that_is_there(
+    run: Run, tiny_text_file: Path, tmp_path: Path, quick: None
+) -> None:
     told: list[Progress] = []
     report = compress(
-        str(run.base_folder),
+        tiny_options(run.base_folder, run.folder, tiny_text_file),
         HALF,
         tmp_path / "out",
-        run=run.folder,
         backend_factory=no_backend,
         progress=told.append,
     )
@@ -208,10 +219,9 @@ def test_compress_refuses_a_taken_folder_before_any_work(run: Run, tmp_path: Pat
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(VariantError):
         compress(
-            str(run.base_folder),
+            LearnOptions(model=str(run.base_folder), out=tmp_path / "out.run"),
             HALF,
             tmp_path / "out",
-            run=None,
             backend_factory=no_backend,
             progress=ignore_progress,
         )
@@ -222,23 +232,62 @@ def test_compress_learns_a_run_where_there_is_none_and_uses_it_the_next_time(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
     monkeypatch.setitem(DEFAULT_EVALUATIONS, "default", 4)
+    learning = LearnOptions(model=str(tiny_llama), out=tmp_path / "run", granularity="block")
     first = compress(
-        str(tiny_llama),
+        learning,
         HALF,
         tmp_path / "out",
-        run=None,
         backend_factory=LocalBackend,
         progress=ignore_progress,
     )
-    assert first.run == tmp_path / "out.run"
+    assert first.run == tmp_path / "run"
     assert Run.open(first.run).manifest["evaluations"] == 4
+    assert Run.open(first.run).manifest["options"]["granularity"] == "block"
     second = compress(
-        str(tiny_llama),
+        learning,
         HALF,
         tmp_path / "again",
-        run=first.run,
         backend_factory=no_backend,
         progress=ignore_progress,
     )
     assert second.plan == first.plan
     assert second.measured == first.measured
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("pruner", "sparsegpt", "--pruner"),
+        ("evaluations", 99, "--evaluations"),
+        ("max_sparsity", 0.8, "--max-sparsity"),
+        ("calibration_sampling", "clustered", "--calibration-sampling"),
+    ],
+)
+def test_compress_refuses_a_run_that_was_learned_otherwise(
+    run: Run, tmp_path: Path, option: str, value: object, said: str
+) -> None:
+    plain = LearnOptions(model=str(run.base_folder), out=run.folder)
+    with pytest.raises(RequestError, match=f"learned with another {said}: leave it out"):
+        compress(
+            replace(plain, **{option: value}),  # type: ignore[arg-type]
+            HALF,
+            tmp_path / "out",
+            backend_factory=no_backend,
+            progress=ignore_progress,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compress_refuses_a_run_of_another_text(
+    run: Run, tmp_path: Path, tiny_text_file: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    with pytest.raises(RequestError, match="learned with another --calibration: leave it out"):
+        compress(
+            tiny_options(run.base_folder, run.folder, other),
+            HALF,
+            tmp_path / "out",
+            backend_factory=no_backend,
+            progress=ignore_progress,
+        )

@@ -38,6 +38,10 @@ class TestOptSpa(RequestSearchContract):
     units = 24.0
 
 
+class TestEvop(RequestSearchContract):
+    name = "evop"
+
+
 class TestProgression(RequestSearchContract):
     name = "atp"
     units = None
@@ -69,6 +73,10 @@ class _SearchAllocatorContract(AllocatorContract):
 class TestEvoPressAllocates(_SearchAllocatorContract):
     name = "evopress"
     units = 9.0
+
+
+class TestEvopAllocates(_SearchAllocatorContract):
+    name = "evop"
 
 
 class TestOptSpaAllocates(_SearchAllocatorContract):

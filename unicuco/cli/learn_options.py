@@ -1,0 +1,153 @@
+"""The options of learning, declared once for the commands that learn.
+
+A command that takes them is decorated with `with_learn_options` and has one parameter ``learning``;
+Typer sees the options in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from unicuco.pipeline import LearnOptions
+
+_METHOD: Final = "Method"
+_TEXT: Final = "Text"
+_PARAMETER: Final = "learning"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnChoices:
+    """What learning can be told on the command line; as `LearnOptions`, not yet checked."""
+
+    pruner: Annotated[
+        str,
+        typer.Option(
+            "--pruner",
+            help="wanda, magnitude, or sparsegpt, which updates what stays and keeps levels.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "wanda"
+    granularity: Annotated[
+        str,
+        typer.Option(
+            "--granularity",
+            help="layer: one axis per site; block: one per block.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "layer"
+    dimensions: Annotated[
+        str,
+        typer.Option("--dimensions", help="Names, with commas between.", rich_help_panel=_METHOD),
+    ] = "sparsity"
+    preset: Annotated[
+        str,
+        typer.Option("--preset", help="default, or paper as published.", rich_help_panel=_METHOD),
+    ] = "default"
+    max_sparsity: Annotated[
+        float,
+        typer.Option("--max-sparsity", help="Up to where it learns.", rich_help_panel=_METHOD),
+    ] = 0.9
+    evaluations: Annotated[
+        int | None,
+        typer.Option(
+            "--evaluations",
+            min=1,
+            help="Strategies evaluated in all, also of a run that goes on.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
+    seed: Annotated[
+        int, typer.Option("--seed", help="Decides all that is drawn.", rich_help_panel=_METHOD)
+    ] = 0
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="Plain UTF-8 text.", rich_help_panel=_TEXT),
+    ] = None
+    calibration_sampling: Annotated[
+        str,
+        typer.Option(
+            "--calibration-sampling",
+            help="even: spread over the text; clustered: equally many per kind of window.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = "even"
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="NAME=FILE, twice or more: texts that requests may weigh, for --calibration.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None
+    tokens: Annotated[
+        int,
+        typer.Option("--tokens", min=1, help="Tokens per evaluation.", rich_help_panel=_TEXT),
+    ] = 3072
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=2,
+            help="Tokens per window; the model's own if left out.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None
+    shards: Annotated[
+        int, typer.Option("--shards", min=1, help="Parts per copy.", rich_help_panel="Cluster")
+    ] = 1
+
+    def to_domain(self, model: str, out: Path, *, replicas: int, resume: bool) -> LearnOptions:
+        """Return the options of learning one run.
+
+        Raises:
+            RequestError: an option outside its range, or an unknown name.
+        """
+        from unicuco.pipeline import LearnOptions
+        from unicuco.pipeline.options import parse_tasks
+
+        same = {name: getattr(self, name) for name in _SAME}
+        return LearnOptions(
+            model=model,
+            out=out,
+            dimensions=tuple(name.strip() for name in self.dimensions.split(",")),
+            tasks=parse_tasks(self.tasks or ()),
+            replicas=replicas,
+            resume=resume,
+            **same,
+        )
+
+
+_NAMES: Final = tuple(field.name for field in fields(LearnChoices))
+_SAME: Final = tuple(name for name in _NAMES if name not in ("dimensions", "tasks"))
+
+
+# Any: commands have signatures of their own.
+def with_learn_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let Typer see the options of learning where a command takes them as one ``learning``."""
+    own = inspect.signature(command, eval_str=True)
+    types = get_type_hints(LearnChoices, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    shared = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=types[field.name])
+        for field in fields(LearnChoices)
+    ]
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in own.parameters.items():
+        parameters += shared if name == _PARAMETER else [parameter.replace(kind=keyword)]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        learning = LearnChoices(**{name: given.pop(name) for name in _NAMES})
+        command(**given, **{_PARAMETER: learning})
+
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
