@@ -21,10 +21,12 @@ from unicuco.cli import (
     front,
     generate,
     learn,
+    pack,
     plan,
     prune,
     report,
     serve,
+    unpack,
 )
 from unicuco.cli.failure import describe_failure
 from unicuco.cli.terminal import Invocation
@@ -44,6 +46,8 @@ app.command()(compare.compare)
 app.command()(front.front)
 app.command()(report.report)
 app.command()(generate.generate)
+app.command()(pack.pack)
+app.command()(unpack.unpack)
 app.command()(serve.serve)
 app.command()(doctor.doctor)
 

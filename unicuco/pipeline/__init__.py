@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
     from unicuco.pipeline.learning import learn
     from unicuco.pipeline.options import LearnOptions, ProgressSink
+    from unicuco.pipeline.packing import Int8Options, PackOptions, PackReport, pack, unpack
     from unicuco.pipeline.pictures import draw_front, draw_strategies
     from unicuco.pipeline.planner import FrontPoint, Planner
     from unicuco.pipeline.pruning import prune
@@ -31,8 +32,11 @@ _MODULES: Final = {
     "CompressReport": "unicuco.pipeline.compression",
     "EvaluationReport": "unicuco.pipeline.evaluation",
     "FrontPoint": "unicuco.pipeline.planner",
+    "Int8Options": "unicuco.pipeline.packing",
     "LearnOptions": "unicuco.pipeline.options",
     "LocalBackend": "unicuco.pipeline.backend",
+    "PackOptions": "unicuco.pipeline.packing",
+    "PackReport": "unicuco.pipeline.packing",
     "Planner": "unicuco.pipeline.planner",
     "ProgressSink": "unicuco.pipeline.options",
     "Run": "unicuco.pipeline.run",
@@ -42,7 +46,9 @@ _MODULES: Final = {
     "draw_strategies": "unicuco.pipeline.pictures",
     "evaluate_variant": "unicuco.pipeline.evaluation",
     "learn": "unicuco.pipeline.learning",
+    "pack": "unicuco.pipeline.packing",
     "prune": "unicuco.pipeline.pruning",
+    "unpack": "unicuco.pipeline.packing",
     "write_report": "unicuco.pipeline.report",
     "Progress": "unicuco.search.drive",
 }
@@ -63,8 +69,11 @@ __all__ = [
     "CompressReport",
     "EvaluationReport",
     "FrontPoint",
+    "Int8Options",
     "LearnOptions",
     "LocalBackend",
+    "PackOptions",
+    "PackReport",
     "Planner",
     "Progress",
     "ProgressSink",
@@ -75,6 +84,8 @@ __all__ = [
     "draw_strategies",
     "evaluate_variant",
     "learn",
+    "pack",
     "prune",
+    "unpack",
     "write_report",
 ]
