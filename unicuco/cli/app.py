@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from unicuco.cli import (
+    bits,
     compare,
     compress,
     doctor,
@@ -48,6 +49,7 @@ app.command()(report.report)
 app.command()(generate.generate)
 app.command()(pack.pack)
 app.command()(unpack.unpack)
+app.command()(bits.bits)
 app.command()(serve.serve)
 app.command()(doctor.doctor)
 

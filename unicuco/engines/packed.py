@@ -31,7 +31,7 @@ from unicuco.packing.int8 import FLOATS
 from unicuco.packing.layout import chunk_shapes
 
 _MIB: Final = 2**20
-_LEAST_ITEMS: Final = 4096  # below, a tensor is decoded once and kept: it is no weight matrix
+_LEAST_ITEMS: Final = 1024  # below, a tensor is decoded once and kept: it is no weight matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +223,7 @@ class PackedModel:
             self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(Path(folder))
             self._model = build_skeleton(read_config(Path(folder)))
         self._places = _places(self._model, tensors, file)
-        used = {id(packed): packed for packed in self._places.values()}
-        self._matrices = {key: _Matrix(p) for key, p in used.items() if _stays_packed(p.entry)}
+        self._matrices = {id(p): _Matrix(p) for p in self._packed_entries()}
         self._decode_within(max_memory_mb)
         self._buffer = _Buffer(list(self._matrices.values()))
         self._small_bytes = 0
@@ -292,14 +291,33 @@ class PackedModel:
         if room < 0:
             needed = max_memory_mb - room / _MIB
             raise EngineError(
-                f"the weights take {needed:.1f} MiB packed, more than {max_memory_mb:g}; "
-                f"allow {needed:.1f} MiB or pack the model smaller"
+                f"the weights take {needed:.3g} MiB packed, more than {max_memory_mb:.3g}; "
+                f"allow {needed:.3g} MiB or pack the model smaller"
             )
         for matrix in sorted(matrices, key=lambda m: m.decoded_bytes / m.held_bytes):
             extra = matrix.decoded_bytes - matrix.held_bytes
             if extra <= room:
                 room -= extra
                 matrix.decode()
+
+    def _packed_entries(self) -> list[PackedEntry]:
+        """Return the matrices that can stay packed: all of whose modules are of a known type."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        users: dict[int, list[tuple[str, PackedEntry]]] = {}
+        for name, packed in self._places.items():
+            users.setdefault(id(packed), []).append((name, packed))
+        found = []
+        for places in users.values():
+            paths = [name.rpartition(".") for name, _ in places]
+            # Exactly these types: a subclass may compute something else (OPT's positions).
+            known = all(
+                last == "weight" and type(modules[path]) in (nn.Embedding, nn.Linear, Conv1D)
+                for path, _, last in paths
+            )
+            entry = places[0][1].entry
+            if known and len(entry.shape) == 2 and entry.num_items >= _LEAST_ITEMS:
+                found.append(places[0][1])
+        return found
 
     def _small(self) -> dict[int, PackedEntry]:
         found = {id(packed): packed for packed in self._places.values()}
@@ -315,24 +333,16 @@ class PackedModel:
             replacement: nn.Module
             if isinstance(module, nn.Embedding):
                 replacement = _PackedEmbedding(matrix, self._buffer)
-            elif isinstance(module, nn.Linear | Conv1D):
-                replacement = _PackedLinear(
-                    matrix,
-                    self._buffer,
-                    module.bias,
-                    transposed=isinstance(module, Conv1D),
-                )
             else:
-                raise EngineError(
-                    f"{path} is a {type(module).__name__}, which can't run packed; unpack the model"
+                assert isinstance(module, nn.Linear | Conv1D)
+                replacement = _PackedLinear(
+                    matrix, self._buffer, module.bias, transposed=isinstance(module, Conv1D)
                 )
             parent, _, name = path.rpartition(".")
             setattr(self._model.get_submodule(parent), name, replacement)
         for name, parameter in self._model.named_parameters():
             packed = self._places[name]
-            data = np.empty(packed.entry.num_bytes, np.uint8)
-            _decode_whole(packed, data)
-            parameter.copy_(_floats(data, packed.entry).view(packed.entry.shape))
+            parameter.copy_(_whole(packed))
             self._small_bytes += parameter.nbytes
 
 
@@ -354,6 +364,17 @@ def _read(file: Path) -> tuple[dict[str, bytes], dict[str, PackedEntry]]:
     return small, tensors
 
 
+def _whole(packed: PackedEntry) -> Tensor:
+    """Decode a tensor that is kept: in its file's type."""
+    if packed.entry.scheme is Scheme.INT8:
+        matrix = _Matrix(packed)
+        parts = matrix.chunks(_Buffer([matrix]))
+        return torch.cat([weights.clone() for _, weights in parts])
+    data = np.empty(packed.entry.num_bytes, np.uint8)
+    _decode_whole(packed, data)
+    return _floats(data, packed.entry).view(packed.entry.shape)
+
+
 def _decode_whole(packed: PackedEntry, out: Bytes) -> None:
     """Decode an entry that is no 8-bit matrix."""
     if packed.entry.scheme is Scheme.RAW:
@@ -365,10 +386,6 @@ def _decode_whole(packed: PackedEntry, out: Bytes) -> None:
         end = start + int(np.prod(shape, dtype=np.int64)) * per_item
         packed.decode_chunk(index, out[start:end])
         start = end
-
-
-def _stays_packed(entry: Entry) -> bool:
-    return len(entry.shape) == 2 and entry.num_items >= _LEAST_ITEMS
 
 
 def _places(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unicuco.pipeline.backend import Backend, LocalBackend
+    from unicuco.pipeline.bits import BitsOptions, BitsRow, study
     from unicuco.pipeline.comparison import CompareOptions, CompareReport, Comparison, compare
     from unicuco.pipeline.compression import CompressReport, compress
     from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _MODULES: Final = {
     "Backend": "unicuco.pipeline.backend",
+    "BitsOptions": "unicuco.pipeline.bits",
+    "BitsRow": "unicuco.pipeline.bits",
     "CompareOptions": "unicuco.pipeline.comparison",
     "CompareReport": "unicuco.pipeline.comparison",
     "Comparison": "unicuco.pipeline.comparison",
@@ -48,6 +51,7 @@ _MODULES: Final = {
     "learn": "unicuco.pipeline.learning",
     "pack": "unicuco.pipeline.packing",
     "prune": "unicuco.pipeline.pruning",
+    "study": "unicuco.pipeline.bits",
     "unpack": "unicuco.pipeline.packing",
     "write_report": "unicuco.pipeline.report",
     "Progress": "unicuco.search.drive",
@@ -63,6 +67,8 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "Backend",
+    "BitsOptions",
+    "BitsRow",
     "CompareOptions",
     "CompareReport",
     "Comparison",
@@ -86,6 +92,7 @@ __all__ = [
     "learn",
     "pack",
     "prune",
+    "study",
     "unpack",
     "write_report",
 ]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from unicuco.errors import InfeasibleRequestError
 from unicuco.models import load_model, load_tokenizer
@@ -63,7 +65,7 @@ class Quantiser:
         texts = learning_texts(tokenizer, calibration, tokens=tokens, context=context)
         progress(Progress(stage="load", done=1, total=1))
         self.model = QuantisedModel(self.loaded)
-        self.validation = Judge(self, texts.validation.ids)
+        self.validation = Judge(self.loaded.model, texts.validation.ids)
         self.measured = measure(
             self.loaded,
             texts.calibration,
@@ -85,14 +87,24 @@ class Quantiser:
             Tensor name -> matrix, as its file stores it.
         """
 
-        def change(matrix: StoredMatrix, weight: torch.Tensor) -> Int8Matrix:
-            name = matrix.parameter
-            drop = weight == 0
-            if sparsity and name in self.measured.peaks:
-                drop |= drop_by_peaks(weight, self.measured.peaks[name], sparsity)
-            return quantise(weight, self.measured.sensitivities[name], step, drop=drop)
+        def change(matrix: StoredMatrix, weight: Tensor) -> Int8Matrix:
+            drop = self.drop(matrix, weight, sparsity)
+            sensitivity = self.measured.sensitivities[matrix.parameter]
+            return quantise(weight, sensitivity, step, drop=drop)
 
         return self.model.apply(change)
+
+    def drop(self, matrix: StoredMatrix, weight: Tensor, sparsity: float) -> Tensor:
+        """Return what of a matrix is zero or goes, ``o x i`` bool; of embeddings nothing goes."""
+        drop = weight == 0
+        peaks = self.measured.peaks.get(matrix.parameter)
+        if sparsity and peaks is not None:
+            drop |= drop_by_peaks(weight, peaks, sparsity)
+        return drop
+
+    def step_for(self, kl: float) -> float:
+        """Return the step whose KL is ``kl`` nats per token, to second order."""
+        return math.sqrt(24 * kl / self.num_weights)
 
     def within(
         self, max_kl: float, *, sparsity: float = 0.0
@@ -109,7 +121,7 @@ class Quantiser:
         Raises:
             InfeasibleRequestError: no step found meets it; says what was reached.
         """
-        step = math.sqrt(24 * max_kl / self.num_weights)
+        step = self.step_for(max_kl)
         best: tuple[float, dict[str, Int8Matrix], float] | None = None
         least = math.inf
         for trial in range(_TRIALS):
@@ -142,12 +154,12 @@ class Judge:
     """KL to the model as it is at construction, on one text.
 
     Args:
-        quantiser: whose loaded model is judged.
+        model: whose weights change from one measurement to the next.
         ids: ``n x context`` tokens.
     """
 
-    def __init__(self, quantiser: Quantiser, ids: torch.Tensor) -> None:
-        self._model = quantiser.loaded.model
+    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
+        self._model = model
         self._ids = ids
         with torch.no_grad():
             self._dense = [DenseReference.from_logits(self._logits(window)) for window in ids]
@@ -159,6 +171,6 @@ class Judge:
         total = sum(float(d.kl(self._logits(w)).double().sum()) for d, w in pairs)
         return max(0.0, total / self._ids.numel())
 
-    def _logits(self, window: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model(input_ids=window[None], use_cache=False).logits[0]
+    def _logits(self, window: Tensor) -> Tensor:
+        logits: Tensor = self._model(input_ids=window[None], use_cache=False).logits[0]
         return logits
