@@ -109,7 +109,7 @@ class Quantiser:
     def within(
         self, max_kl: float, *, sparsity: float = 0.0
     ) -> tuple[dict[str, Int8Matrix], float]:
-        """Quantise as coarsely as a KL on validation text allows.
+        """Quantise as coarsely as a KL on validation text allows, and leave the loaded model so.
 
         Args:
             max_kl: nats per token, > 0.
@@ -123,7 +123,7 @@ class Quantiser:
         """
         step = self.step_for(max_kl)
         best: tuple[float, dict[str, Int8Matrix], float] | None = None
-        least = math.inf
+        least = kl = math.inf
         for trial in range(_TRIALS):
             matrices = self.at(step, sparsity=sparsity)
             kl = self.validation.kl()
@@ -142,6 +142,8 @@ class Quantiser:
                 f"a KL of {least:.4g} on validation text; ask for that or more",
                 nearest=least,
             )
+        if kl != best[2]:
+            self.at(best[0], sparsity=sparsity)
         return best[1], best[2]
 
     @property
