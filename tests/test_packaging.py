@@ -27,7 +27,7 @@ LAYERS = [
     *("errors", "types", "space", "models", "reference", "calibration", "importance", "rows"),
     *("ranks", "levels", "pruners"),
     *("dimensions", "objectives", "allocate", "evaluate", "surrogate", "stratnet", "search"),
-    *("store", "export", "plots", "engines", "pipeline", "testing", "cli"),
+    *("store", "export", "plots", "packing", "engines", "pipeline", "testing", "cli"),
 ]
 
 

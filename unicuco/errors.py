@@ -50,6 +50,10 @@ class VariantError(UnicucoError):
     """A variant folder that is missing, half written or altered."""
 
 
+class ContainerError(UnicucoError):
+    """A packed model that is cut short, altered, or belongs to another base model."""
+
+
 class StorageError(UnicucoError):
     """The disk or database refused: full, read-only, locked by another driver."""
 

@@ -213,6 +213,31 @@ def plot_predictions(
     _save(figure, path)
 
 
+def plot_bits(path: Path, curves: Mapping[str, Curve], *, caption: str = "") -> None:
+    """Draw KL (logarithmic) against coded bits per weight, one line per scheme.
+
+    Args:
+        path: the file to write; replaced as a whole.
+        curves: points (coded bits per weight, KL in nats per token) by scheme.
+        caption: where the numbers come from, printed small below.
+
+    Raises:
+        OSError: the file can't be written; nothing is left behind.
+    """
+    figure = _figure(7.2, 4.6)
+    axes = figure.add_subplot()
+    for index, (name, curve) in enumerate(curves.items()):
+        color, style = _PALETTE[index % len(_PALETTE)], _STYLES[index % len(_STYLES)]
+        _draw_curve(axes, curve, label=name, color=color, style=style)
+    axes.set_yscale("log")
+    axes.set_xlabel("coded bits per weight, scales counted", color=_INK)
+    axes.set_ylabel("KL(dense ‖ quantised), nats per token", color=_INK)
+    _finish(axes)
+    axes.legend(frameon=False, fontsize=8)
+    _caption(figure, caption)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 

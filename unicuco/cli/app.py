@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from unicuco.cli import (
+    bits,
     compare,
     compress,
     doctor,
@@ -21,10 +22,12 @@ from unicuco.cli import (
     front,
     generate,
     learn,
+    pack,
     plan,
     prune,
     report,
     serve,
+    unpack,
 )
 from unicuco.cli.failure import describe_failure
 from unicuco.cli.terminal import Invocation
@@ -44,6 +47,9 @@ app.command()(compare.compare)
 app.command()(front.front)
 app.command()(report.report)
 app.command()(generate.generate)
+app.command()(pack.pack)
+app.command()(unpack.unpack)
+app.command()(bits.bits)
 app.command()(serve.serve)
 app.command()(doctor.doctor)
 

@@ -29,6 +29,10 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "compare": (*_CORE, "ray"),
     "front": ("python", "torch", "torchvision", "gpytorch"),
     "serve": ("python", "torch", "torchvision", "transformers", "gpytorch", "ray", "disk"),
+    "pack": ("python", "torch", "torchvision", "transformers", "zstandard", "disk"),
+    "unpack": ("python", "torch", "torchvision", "transformers", "zstandard", "disk"),
+    "bits": (*_CORE, "zstandard"),
+    "report": ("python", "torch", "torchvision", "gpytorch"),
     "generate": ("python", "torch", "torchvision", "transformers", "vllm", "memory"),
 }
 
@@ -59,6 +63,7 @@ def run_checks() -> list[Check]:
         check_torchvision,
         lambda: check_package("transformers"),
         lambda: check_package("gpytorch"),
+        lambda: check_package("zstandard"),
         check_ray,
         check_vllm,
         check_reference,

@@ -9,8 +9,8 @@ import typer
 
 from unicuco.cli.backend import AddressOption, ReplicasOption, check_address, open_backend
 from unicuco.cli.progress import ProgressDisplay
+from unicuco.cli.request_options import parse_numbers
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
-from unicuco.errors import RequestError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +80,7 @@ def compare(
     """Compare allocators: each answers every sparsity, exactly, and is measured on unseen text."""
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
         check_address(address, replicas=replicas)
-        numbers = _numbers(sparsity)
+        numbers = parse_numbers("--sparsity", sparsity)
         from unicuco.pipeline import CompareOptions
         from unicuco.pipeline import compare as compare_allocators
 
@@ -112,15 +112,6 @@ def compare(
             plot_comparison(plot, _curves(report), caption=notes[0])
             notes.append(f"drawn to {escape(str(plot))}")
         terminal.show(report.to_dict(), _table(report), "", *notes)
-
-
-def _numbers(words: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in words.split(","))
-    except ValueError:
-        raise RequestError(
-            f"--sparsity takes numbers with commas between, such as 0.5,0.6; got {words!r}"
-        ) from None
 
 
 def _table(report: CompareReport) -> Table:

@@ -134,3 +134,17 @@ def _read_line(line: str, place: str) -> Request:
         return Request.from_dict(fields)
     except RequestError as error:
         raise RequestError(f"{place}: {error}") from error
+
+
+def parse_numbers(option: str, words: str) -> tuple[float, ...]:
+    """Read numbers with commas between.
+
+    Raises:
+        RequestError: a word is no number.
+    """
+    try:
+        return tuple(float(word) for word in words.split(","))
+    except ValueError:
+        raise RequestError(
+            f"{option} takes numbers with commas between, such as 0.5,0.6; got {words!r}"
+        ) from None

@@ -48,7 +48,7 @@ def fisher_rank_sums(
     generator = torch.Generator().manual_seed(seed)
     with _collecting(model, profile, diagonals):
         for window in tokens.ids.split(1):
-            _backward_of_own_labels(model, window, generator)
+            backward_of_own_labels(model, window, generator)
     sums: dict[str, Tensor] = {}
     for site in profile.sites:
         effect = (
@@ -63,7 +63,17 @@ def fisher_rank_sums(
     return sums
 
 
-def _backward_of_own_labels(model: nn.Module, window: Tensor, generator: torch.Generator) -> None:
+def backward_of_own_labels(model: nn.Module, window: Tensor, generator: torch.Generator) -> Tensor:
+    """Run one window and its backward pass of the summed loss of labels drawn from the model.
+
+    Args:
+        model: all weights may be frozen.
+        window: ``1 x t`` tokens.
+        generator: draws the labels.
+
+    Returns:
+        The gradient of the token embeddings, ``t x h``.
+    """
     with torch.enable_grad():
         # The embeddings get a gradient so that the graph reaches every site though all weights are
         # frozen.
@@ -71,6 +81,8 @@ def _backward_of_own_labels(model: nn.Module, window: Tensor, generator: torch.G
         logits = model(inputs_embeds=embedded).logits[0].float()  # (t, v)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    gradient: Tensor = embedded.grad[0]
+    return gradient
 
 
 @contextmanager

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unicuco.pipeline.backend import Backend, LocalBackend
+    from unicuco.pipeline.bits import BitsOptions, BitsRow, study
     from unicuco.pipeline.comparison import CompareOptions, CompareReport, Comparison, compare
     from unicuco.pipeline.compression import CompressReport, compress
     from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
     from unicuco.pipeline.learning import learn
     from unicuco.pipeline.options import LearnOptions, ProgressSink
+    from unicuco.pipeline.packing import Int8Options, PackOptions, PackReport, pack, unpack
     from unicuco.pipeline.pictures import draw_front, draw_strategies
     from unicuco.pipeline.planner import FrontPoint, Planner
     from unicuco.pipeline.pruning import prune
@@ -25,14 +27,19 @@ if TYPE_CHECKING:
 
 _MODULES: Final = {
     "Backend": "unicuco.pipeline.backend",
+    "BitsOptions": "unicuco.pipeline.bits",
+    "BitsRow": "unicuco.pipeline.bits",
     "CompareOptions": "unicuco.pipeline.comparison",
     "CompareReport": "unicuco.pipeline.comparison",
     "Comparison": "unicuco.pipeline.comparison",
     "CompressReport": "unicuco.pipeline.compression",
     "EvaluationReport": "unicuco.pipeline.evaluation",
     "FrontPoint": "unicuco.pipeline.planner",
+    "Int8Options": "unicuco.pipeline.packing",
     "LearnOptions": "unicuco.pipeline.options",
     "LocalBackend": "unicuco.pipeline.backend",
+    "PackOptions": "unicuco.pipeline.packing",
+    "PackReport": "unicuco.pipeline.packing",
     "Planner": "unicuco.pipeline.planner",
     "ProgressSink": "unicuco.pipeline.options",
     "Run": "unicuco.pipeline.run",
@@ -42,7 +49,10 @@ _MODULES: Final = {
     "draw_strategies": "unicuco.pipeline.pictures",
     "evaluate_variant": "unicuco.pipeline.evaluation",
     "learn": "unicuco.pipeline.learning",
+    "pack": "unicuco.pipeline.packing",
     "prune": "unicuco.pipeline.pruning",
+    "study": "unicuco.pipeline.bits",
+    "unpack": "unicuco.pipeline.packing",
     "write_report": "unicuco.pipeline.report",
     "Progress": "unicuco.search.drive",
 }
@@ -57,14 +67,19 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "Backend",
+    "BitsOptions",
+    "BitsRow",
     "CompareOptions",
     "CompareReport",
     "Comparison",
     "CompressReport",
     "EvaluationReport",
     "FrontPoint",
+    "Int8Options",
     "LearnOptions",
     "LocalBackend",
+    "PackOptions",
+    "PackReport",
     "Planner",
     "Progress",
     "ProgressSink",
@@ -75,6 +90,9 @@ __all__ = [
     "draw_strategies",
     "evaluate_variant",
     "learn",
+    "pack",
     "prune",
+    "study",
+    "unpack",
     "write_report",
 ]

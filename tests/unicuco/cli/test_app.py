@@ -8,7 +8,7 @@ import pytest
 
 from unicuco.cli.app import app
 
-NOT_THERE_YET = ("serve", "pack", "unpack", "bits", "report")
+NEED_WORDS = ("serve", "report", "pack", "unpack", "bits")
 
 
 def test_help_answers_within_half_a_second_and_loads_nothing_heavy() -> None:
@@ -29,10 +29,10 @@ def test_help_answers_within_half_a_second_and_loads_nothing_heavy() -> None:
 def test_only_commands_that_work_are_offered(unicuco) -> None:
     names = {command.callback.__name__ for command in app.registered_commands}
     assert names == {
-        "compare", "compress", "doctor", "evaluate", "front", "generate", "learn", "plan", "prune",
-        "serve",
+        "bits", "compare", "compress", "doctor", "evaluate", "front", "generate", "learn", "pack",
+        "plan", "prune", "report", "serve", "unpack",
     }  # fmt: skip
-    for name in NOT_THERE_YET:
+    for name in NEED_WORDS:
         assert unicuco(name).code == 2
 
 
@@ -80,6 +80,18 @@ def test_every_command_takes_json_and_debug(unicuco) -> None:
         ("generate", "DIR"),
         ("generate", "DIR", "--prompt", "x", "--max-tokens", "0"),
         ("generate", "DIR", "--prompt", "x", "--temperature", "-1"),
+        ("generate", "--prompt", "x"),
+        ("generate", "DIR", "--packed", "FILE", "--prompt", "x"),
+        ("generate", "DIR", "--prompt", "x", "--max-memory-mb", "5"),
+        ("pack", "DIR"),
+        ("pack", "DIR", "--out", "OUT", "--link-mbps", "0"),
+        ("pack", "DIR", "--out", "OUT", "--link-mbps", "nan"),
+        ("pack", "DIR", "--out", "OUT", "--max-kl", "0.1"),
+        ("pack", "DIR", "--out", "OUT", "--int8", "--max-kl", "0"),
+        ("pack", "DIR", "--out", "OUT", "--int8", "--sparsity", "1"),
+        ("unpack", "FILE"),
+        ("bits", "reference", "--sparsity", "1"),
+        ("bits", "reference", "--group", "0"),
         ("nonsense",),
         ("--nonsense",),
     ],
