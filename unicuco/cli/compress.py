@@ -67,7 +67,8 @@ def compress(
         check_address(address, replicas=replicas)
         from unicuco.pipeline import compress as compress_model
 
-        folder = out.with_name(f"{out.name}.run") if run is None else run
+        place = out.resolve()  # `.` has no name
+        folder = place.with_name(f"{place.name}.run") if run is None else run
         options = learning.to_domain(model, folder, replicas=replicas, resume=False)
         with ProgressDisplay() as progress:
             report = compress_model(

@@ -86,11 +86,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # A missing or damaged tokenizer surfaces as almost any exception type, by family.
     except Exception as error:
         raise ModelError(
-            f"{folder} holds no tokenizer that can be read: {_first_line(error)}"
+            f"{folder} holds no tokenizer that can be read; put the model's tokenizer files there "
+            f"({_first_line(error)})"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(
-            f"{folder} holds no tokenizer that can be read: got {type(tokenizer).__name__}"
+            f"{folder} holds no tokenizer that can be read; put the model's tokenizer files there "
+            f"(got {type(tokenizer).__name__})"
         )
     return tokenizer
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from unicuco.errors import RequestError
+from unicuco.errors import InfeasibleRequestError, RequestError
 from unicuco.export.staging import check_target
 from unicuco.models import load_tokenizer
 from unicuco.pipeline.backend import Backend
@@ -17,7 +17,7 @@ from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.preparation import read_texts
 from unicuco.pipeline.pruning import prune
 from unicuco.pipeline.run import MANIFEST, Run
-from unicuco.types import Plan, Request
+from unicuco.types import Plan, Request, Target
 
 _FLAGS: Final = {"tasks": "--task"}  # options that are called otherwise on the command line
 
@@ -61,6 +61,8 @@ def compress(
 
     Raises:
         RequestError: the run is there, and was learned otherwise than ``learning`` says.
+        InfeasibleRequestError: the run can't meet the request; before anything is learned where
+            the request alone tells.
     """
     check_target(out, overwrite=False)
     folder = learning.out
@@ -68,11 +70,23 @@ def compress(
         learned = Run.open(folder, base=learning.model)
         _check_learned(learned, learning)
     else:
+        _check_learnable(request, learning)
         options = replace(learning, resume=(folder / "evaluations.db").exists())
         learned = learn(options, backend=backend_factory(), progress=progress)
     plan = prune(learned, request, out)
     measured = evaluate_variant(out, reference=learning.model, progress=progress)
     return CompressReport(plan=plan, out=out, run=folder, measured=measured)
+
+
+def _check_learnable(request: Request, wanted: LearnOptions) -> None:
+    """Refuse what no run learned as ``wanted`` could answer, before it is learned."""
+    highest = wanted.max_sparsity
+    if request.target is Target.SPARSITY and request.value > highest:
+        raise InfeasibleRequestError(
+            f"sparsity {request.value:g} lies outside what would be learned (up to {highest:g}); "
+            "learn higher with --max-sparsity, or ask for less",
+            nearest=highest,
+        )
 
 
 def _check_learned(run: Run, wanted: LearnOptions) -> None:

@@ -89,6 +89,7 @@ def _opened(options: LearnOptions) -> Iterator[EvaluationStore]:
     _open_folder(options)
     try:
         with EvaluationStore.open(options.out / _DATABASE, create=True) as store:
+            begun = True  # by another driver, who came first, if the lease is refused
             store.acquire_lease("learn")
             try:
                 yield store
@@ -128,6 +129,8 @@ def _open_folder(options: LearnOptions) -> None:
         raise RunError(
             f"{folder} holds an unfinished run; add --resume to go on, or choose another folder"
         )
+    if (folder / MANIFEST).exists() and not _holds_something(folder / _DATABASE):
+        raise RunError(f"{folder} is damaged: its {_DATABASE} is empty; learn into another folder")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; choose another place for the run")
     if folder.exists() and not (folder / _DATABASE).exists() and any(folder.iterdir()):
@@ -136,6 +139,10 @@ def _open_folder(options: LearnOptions) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{folder} can't be made: {error.strerror or error}") from error
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _prepared(options: LearnOptions, store: EvaluationStore, progress: ProgressSink) -> Prepared:

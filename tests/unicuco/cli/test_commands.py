@@ -227,6 +227,16 @@ def test_compress_learns_as_it_is_told(
     assert not (tmp_path / "c").exists()
 
 
+def test_compress_refuses_before_it_learns(
+    unicuco, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = unicuco("compress", tiny_llama, "--sparsity", 0.95, "--out", ".", "--address", "none")
+    assert result.code == 3
+    assert "up to 0.9" in one_line(result)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["learn", "compress"])
 def test_what_learns_offers_the_same_options_with_one_default(unicuco, command: str) -> None:
     shown = unicuco(command, "--help").stdout

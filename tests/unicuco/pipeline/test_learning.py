@@ -365,3 +365,25 @@ def test_defaults_are_the_budget_that_is_promised(tmp_path: Path) -> None:
     assert options.tokens == 3072
     assert 3 * options.num_evaluations <= 110
     assert LearnOptions(model="m", out=tmp_path, preset="paper").num_evaluations == 110
+
+
+def test_a_finished_run_whose_store_is_empty_is_not_begun_anew(
+    run: Run, learn_tiny: Learn, tmp_path: Path
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "evaluations.db").write_bytes(b"")
+    with pytest.raises(RunError, match="is damaged: its evaluations"):
+        learn_tiny(resume=True)
+    Run.open(tmp_path / "run")
+
+
+def test_a_driver_that_comes_second_leaves_the_firsts_store(
+    learn_tiny: Learn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: EvaluationStore, owner: str) -> None:
+        raise RunError("in use by another driver")
+
+    monkeypatch.setattr(EvaluationStore, "acquire_lease", refuse)
+    with pytest.raises(RunError, match="another driver"):
+        learn_tiny()
+    assert (tmp_path / "run" / "evaluations.db").exists()
