@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from cluster.driver import RayBackend
@@ -27,4 +28,6 @@ def main(path: str, num_evaluations: str, seconds: str) -> None:
 
 
 if __name__ == "__main__":
+    # A shell starts what runs in the background with SIGINT ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(*sys.argv[1:])

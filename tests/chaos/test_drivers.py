@@ -59,7 +59,12 @@ def kill(driver: subprocess.Popen[str], signal_: signal.Signals) -> str:
         os.killpg(driver.pid, signal_)
     else:
         driver.send_signal(signal_)
-    _, errors = driver.communicate(timeout=60)
+    try:
+        _, errors = driver.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        driver.kill()  # or the tests that follow would meet it
+        driver.communicate()
+        raise
     return errors
 
 

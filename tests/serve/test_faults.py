@@ -202,6 +202,7 @@ def pids(deployment: str, server: Server) -> list[int]:
     """Return the processes of a deployment's replicas."""
     title = f"ray::ServeReplica:{server.name}:{deployment}"
     processes = psutil.Process().children(recursive=True)
-    found = [process.pid for process in processes if title in " ".join(process.cmdline())]
+    alive = [p for p in processes if p.status() != psutil.STATUS_ZOMBIE]
+    found = [process.pid for process in alive if title in " ".join(process.cmdline())]
     assert found
     return found
