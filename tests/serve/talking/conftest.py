@@ -80,6 +80,13 @@ class Talking:
                 return
 
 
+def _is_ready(http: httpx.Client) -> bool:
+    try:
+        return http.get("/ready").status_code == 200
+    except httpx.RemoteProtocolError:  # seen once while engines that started took every core
+        return False
+
+
 @pytest.fixture(scope="session")
 def talking(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talking]:
     """The service. Two engines start at once, which takes a minute or two."""
@@ -104,7 +111,7 @@ def talking(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with running(config, name=APP, route_prefix=f"/{APP}") as url:
         talk = Talking(url=url, config=config, folders=folders)
         with talk.http() as http:
-            assert wait_until(lambda: http.get("/ready").status_code == 200, 540)
+            assert wait_until(lambda: _is_ready(http), 540)
             wait_until(lambda: all(e["digest"] for e in talk.status()["engines"]), 240)
         yield talk
 
