@@ -198,7 +198,7 @@ def plot_totals(path: Path, methods: dict[str, Method], sparsity: float) -> None
                 method.total_s(requests),
                 middle,
                 yerr=[[middle - min(values)], [max(values) - middle]],
-                marker=_MARKERS[index % len(_MARKERS)],
+                marker=_MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)],
                 color=_COLORS[index % len(_COLORS)],
                 markersize=9 if method.name == "stratnet" else 6,
                 linestyle="none",
@@ -206,6 +206,7 @@ def plot_totals(path: Path, methods: dict[str, Method], sparsity: float) -> None
             )
         axes.set(xscale="log", title=f"{requests} request{'s' if requests > 1 else ''}")
         axes.set_xlabel("total CPU seconds, preparation and learning included")
+        axes.set_yscale("log")
         axes.set_ylabel("KL on test text, nats per token")
         axes.grid(visible=True, color="#e5e7eb")
     handles, labels = figure.axes[0].get_legend_handles_labels()
