@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from unicuco.errors import RunError, StorageError, UnicucoError
 T = TypeVar("T")
 
 _BUSY_TIMEOUT_S: Final = 15.0
+_RETRY_S: Final = 0.01
 _DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
@@ -193,9 +195,24 @@ def _connect(path: Path) -> sqlite3.Connection:
     if not query:
         # Where the file system has no shared memory, WAL is refused silently and the old journal
         # stays.
-        connection.execute("PRAGMA journal_mode=WAL")
+        _wait_for_wal(connection)
         connection.execute("PRAGMA synchronous=FULL")
     return connection
+
+
+def _wait_for_wal(connection: sqlite3.Connection) -> None:
+    # Two that change the journal of a new file at once would wait for each other, so SQLite lets
+    # one of them fail at once, whatever its timeout.
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_S)
+        else:
+            return
 
 
 def _begin(connection: Connection) -> None:
