@@ -23,13 +23,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlavaConfig,
 )
 
 from benchmarks.common import save, table
 from unicuco.models import load_model, load_tokenizer, quiet_transformers, resolve_model
 from unicuco.pipeline import CompareOptions, Comparison, LocalBackend, compare
+from unicuco.testing.tiny import llava_around
 
 ALLOCATORS: Final = ("uniform", "optspa")
 SPARSITIES: Final = (0.5, 0.7)
@@ -42,21 +41,7 @@ def write_multimodal(folder: Path, language: Path) -> Path:
         folder: of the model to make.
         language: the folder of the language model.
     """
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    text = AutoConfig.from_pretrained(language)
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=text.vocab_size - 1,
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+    config = llava_around(AutoConfig.from_pretrained(language))
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the library's initialiser takes no generator
         # Any: `from_config` and the towers' names are untyped.

@@ -1,4 +1,4 @@
-"""The pictures of a run: front, strategies as a heat map, learning curve, predictions.
+"""The pictures: of a run (front, strategies, learning, predictions), of comparisons and of bits.
 
 PNG or SVG, as the file's name ends. Drawn without pyplot, so that nothing global is touched and any
 thread may draw. Written under a temporary name and renamed. Matplotlib takes a second to import, so

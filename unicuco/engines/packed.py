@@ -28,6 +28,7 @@ from unicuco.engines.packed_matrices import (
 )
 from unicuco.engines.protocol import Generation, Sampling, check_prompt_lengths
 from unicuco.errors import ContainerError, EngineError
+from unicuco.export.names import named_like
 from unicuco.models import build_skeleton, load_tokenizer, quiet_transformers
 from unicuco.models.folder import read_config
 from unicuco.packing import ContainerReader, PackedEntry, Role, Scheme
@@ -252,17 +253,10 @@ def _places(
         names.setdefault(id(parameter), []).append(name)
     places: dict[str, PackedEntry] = {}
     for tied in names.values():
-        found = {stored for name in tied for stored in _stored(name, tensors)}
+        found = {stored for name in tied for stored in named_like(name, tensors)}
         if not found:
             raise EngineError(
                 f"{file} has no tensor for {tied[0]}; unpack it and load the folder instead"
             )
         places |= dict.fromkeys(tied, tensors[min(found)])
     return places
-
-
-def _stored(name: str, tensors: dict[str, PackedEntry]) -> list[str]:
-    """Return the tensor of a parameter's name, or else those whose name is its tail."""
-    if name in tensors:
-        return [name]
-    return [stored for stored in tensors if f".{name}".endswith(f".{stored}")]

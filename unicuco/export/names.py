@@ -9,7 +9,7 @@ loaded model instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from unicuco.types import ModelProfile, Site
 
@@ -37,6 +37,12 @@ def match_sites(
         fronts.add(name[: len(name) - len(tail)])
     unique = len(set(matched.values())) == len(matched)
     return matched if unique and len(fronts) <= 1 else None
+
+
+def named_like(parameter: str, names: Iterable[str]) -> list[str]:
+    """Return the tensor of a parameter's name, or else those whose name is its tail."""
+    found = [name for name in names if f".{parameter}".endswith(f".{name}")]
+    return [parameter] if parameter in found else found
 
 
 def _find(site: Site, tail: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unicuco.errors import ModelError
 from unicuco.export.header import FileHeader, TensorEntry
-from unicuco.export.names import match_sites
+from unicuco.export.names import match_sites, named_like
 from unicuco.models import LoadedModel, weight_files
 from unicuco.packing.int8 import FLOATS, Int8Matrix
 from unicuco.packing.sensitivity import embedding_names, weight_name
@@ -92,19 +92,12 @@ def _matrices(loaded: LoadedModel) -> Iterator[StoredMatrix]:
     found = [(sites[s.path], weight_name(s), s.transposed) for s in loaded.profile.sites]
     for parameter in set(embedding_names(loaded.model).values()):
         shape = tuple(dict(loaded.model.named_parameters())[parameter].shape)
-        found += [(name, parameter, False) for name in _stored(parameter, shape, shapes)]
+        named = named_like(parameter, shapes)
+        found += [(name, parameter, False) for name in named if shapes[name] == shape]
     for name, parameter, transposed in found:
         header, entry = entries[name]
         if entry.dtype in FLOATS:
             yield StoredMatrix(header, entry, parameter, transposed)
-
-
-def _stored(
-    parameter: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """Return the tensors that hold a parameter: of its name, or of one that is its tail."""
-    named = [name for name in shapes if f".{parameter}".endswith(f".{name}")]
-    return [name for name in named if shapes[name] == shape]
 
 
 def int8_bytes(folder: Path, matrices: Mapping[str, Int8Matrix]) -> int:

@@ -212,6 +212,11 @@ def _opt(size: _Size) -> PreTrainedConfig:
 
 
 def _llava(size: _Size) -> PreTrainedConfig:
+    return llava_around(LlamaConfig(**size.llama_like()))
+
+
+def llava_around(text: PreTrainedConfig) -> LlavaConfig:
+    """Return the configuration of a LLaVA-style model: a language model and a tiny vision tower."""
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -222,9 +227,9 @@ def _llava(size: _Size) -> PreTrainedConfig:
     )
     return LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**size.llama_like()),
-        image_token_index=VOCABULARY - 1,
-        tie_word_embeddings=size.tied,
+        text_config=text,
+        image_token_index=text.vocab_size - 1,
+        tie_word_embeddings=text.tie_word_embeddings,
     )
 
 
