@@ -2,14 +2,19 @@
 
 Tune's `OptunaSearch` proposes one offset per bin, trials run at once in actors that keep their
 model, and the experiment lies in a folder: called again after any kind of end, it goes on with the
-trials that are missing. Every trial is projected onto the target exactly, none is thrown away. What
-this module does not know: where the best strategy goes.
+trials that are missing. A kill can cut Tune's own snapshot short; the experiment then begins anew
+and proposes the same, and as every judged strategy has left a file of its own, it is not judged
+again. (Past the sampler's random start proposals also depend on which trial ended first.) Every
+trial is projected onto the target exactly, none is thrown away. What this module does not know:
+where the best strategy goes.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +25,7 @@ from ray import tune
 
 from cluster.actors import Arrays, BuildEvaluator, build_local_evaluator
 from unicuco.errors import ClusterError
+from unicuco.pipeline.files import save_json
 from unicuco.search.optspa import NUM_TRIALS, bins_strategy, distributions
 from unicuco.search.request import RequestConfig
 from unicuco.types import Strategy
@@ -56,15 +62,22 @@ class _Trial(tune.Trainable):
     def setup(
         self, config: dict[str, float], *, build: Any = None, settings: Any = None, data: Any = None
     ) -> None:
-        evaluator_config, self._request = settings
+        evaluator_config, self._request, self._judged = settings
         self._evaluator = build(evaluator_config, data)
         self._offsets = config
 
     def step(self) -> dict[str, Any]:
         offsets = tuple(self._offsets[name] for name in distributions())
         strategy = bins_strategy(self._request, offsets)
+        return {_METRIC: self._kl(strategy), "strategy_key": strategy.key, "done": True}
+
+    def _kl(self, strategy: Strategy) -> float:
+        record = self._judged / f"{strategy.key}.json"
+        if record.exists():
+            return float(json.loads(record.read_text())[_METRIC])
         outcome = self._evaluator.evaluate(strategy, tokens=None, derivatives=False)
-        return {_METRIC: outcome.kl, "strategy_key": strategy.key, "done": True}
+        save_json(record, {_METRIC: outcome.kl})
+        return float(outcome.kl)
 
     def reset_config(self, new_config: dict[str, float]) -> bool:
         self._offsets = new_config
@@ -107,10 +120,12 @@ def tune_optspa(
     """
     # Tune would otherwise install its own loggers and reporters for TensorBoard and the terminal.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    judged = folder.absolute() / "judged"
+    judged.mkdir(parents=True, exist_ok=True)
     cpus = ray.cluster_resources().get("CPU", 1.0)  # type: ignore[no-untyped-call]
     trainable = tune.with_resources(
         tune.with_parameters(
-            _Trial, build=build_evaluator, settings=(evaluator, request), data=dict(arrays)
+            _Trial, build=build_evaluator, settings=(evaluator, request, judged), data=dict(arrays)
         ),
         {"cpu": min(1.0, math.floor(1000 * cpus / at_once) / 1000)},
     )
@@ -127,6 +142,8 @@ def tune_optspa(
 # Any: a trainable with its resources and parameters
 def _fit(trainable: Any, path: Path, options: tune.TuneConfig) -> list[tune.Result]:
     """Begin an experiment in ``path``, or go on with the one that is there."""
+    if not _is_whole(path):
+        shutil.rmtree(path)  # Tune would begin anew, with the sampler where it was
     if tune.Tuner.can_restore(str(path)):
         tuner = tune.Tuner.restore(str(path), trainable=trainable, restart_errored=True)
     else:
@@ -137,6 +154,16 @@ def _fit(trainable: Any, path: Path, options: tune.TuneConfig) -> list[tune.Resu
         )
     grid = tuner.fit()
     return [grid[index] for index in range(len(grid))]
+
+
+def _is_whole(path: Path) -> bool:
+    """Say whether Tune's snapshots in ``path``, if there are any, can be read."""
+    for snapshot in path.glob("experiment_state-*.json"):
+        try:
+            json.loads(snapshot.read_text())
+        except ValueError:
+            return False
+    return True
 
 
 def _tune_config(seed: int, trials: int, at_once: int) -> tune.TuneConfig:

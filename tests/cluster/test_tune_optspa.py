@@ -57,6 +57,21 @@ def test_the_language_tower_of_a_multimodal_model_is_tuned_and_goes_on_where_it_
     assert sorted(again.trials) == sorted(report.trials), "nothing is judged again"
 
 
+def test_what_was_judged_is_kept_when_a_kill_cuts_tunes_snapshot_short(
+    llava: EvaluationCase, tmp_path: Path
+) -> None:
+    folder = tmp_path / "experiment"
+    request = request_to(llava)
+    report = tune_optspa(llava.config, llava.arrays, request, folder, trials=4)
+    records = {path: path.stat().st_mtime_ns for path in (folder / "judged").iterdir()}
+    assert {path.stem for path in records} == {key for key, _ in report.trials}
+    (snapshot,) = (folder / "part-0").glob("experiment_state-*.json")
+    snapshot.write_text(snapshot.read_text()[:-100])
+    again = tune_optspa(llava.config, llava.arrays, request, folder, trials=4)
+    assert sorted(again.trials) == sorted(report.trials)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "judged").iterdir()} == records
+
+
 class Slow(LocalEvaluator):
     """An evaluator that takes long enough to be killed, and notes every evaluation in a file."""
 
