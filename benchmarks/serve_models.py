@@ -129,8 +129,9 @@ async def load(
             sampling = StreamSampling(max_tokens=TOKENS)
             prompt = Prompt(tokens=prompts[text], sampling=sampling)
             tokens: list[int] = []
-            async for piece in fleet.generate(targets[variant], [prompt]):
-                tokens += piece.delta.token_ids
+            async for pieces in fleet.generate(targets[variant], [prompt]):
+                for piece in pieces:
+                    tokens += piece.delta.token_ids
             answers.append((variant, text, tokens))
 
     started = time.perf_counter()

@@ -69,12 +69,15 @@ class Piece:
     delta: Delta
 
 
+_Item = Piece | AnswerError | None  # the last two end an answer
+
+
 @dataclass(slots=True, kw_only=True)
 class _Call:
     ticket: Ticket
     target: Target
     sequences: tuple[Prompt, ...]
-    out: asyncio.Queue[Piece | AnswerError | None] = field(default_factory=asyncio.Queue)
+    out: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     has_begun: bool = False
 
@@ -152,8 +155,11 @@ class Fleet:
 
     async def generate(
         self, target: Target, sequences: Sequence[Prompt]
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[list[Piece], None]:
         """Yield the pieces of all sequences, as they come; closing the generator aborts them.
+
+        Pieces that are there together are yielded together, so that whoever takes them pays for
+        each step of an engine, or for each time it comes round, and not for each token.
 
         Raises:
             QueueFullError: too many wait already.
@@ -173,10 +179,14 @@ class Fleet:
         self._calls[number] = call
         self._act()
         try:
-            while (item := await call.out.get()) is not None:
-                if isinstance(item, AnswerError):
-                    raise item
-                yield item
+            while True:
+                pieces, last = _there_now(await call.out.get(), call.out)
+                if pieces:
+                    yield pieces
+                if isinstance(last, AnswerError):
+                    raise last
+                if last is None:
+                    return
         finally:
             del self._calls[number]
             self._scheduler.withdraw(number)
@@ -344,3 +354,14 @@ class Fleet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _there_now(item: _Item, more: asyncio.Queue[_Item]) -> tuple[list[Piece], _Item]:
+    """Return the pieces that are there, from ``item`` on, and what came last."""
+    pieces: list[Piece] = []
+    while isinstance(item, Piece):
+        pieces.append(item)
+        if more.empty():
+            break
+        item = more.get_nowait()
+    return pieces, item

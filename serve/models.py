@@ -32,7 +32,7 @@ from ray.serve import Application
 
 from serve.catalogue import Catalogue, ModelId, UnknownModelError
 from serve.config import EngineOptions, ServeConfig
-from serve.fleet import AnswerError, Fleet, Prompt, Target
+from serve.fleet import AnswerError, Fleet, Piece, Prompt, Target
 from serve.scheduler import QueueFullError
 from serve.texts import ChatMessage, Texts, Written
 from unicuco.engines import StreamingEngine, StreamingVllmEngine, StreamSampling, VllmOptions
@@ -74,12 +74,9 @@ class Began:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """The next piece of one answer."""
+    """The next pieces of all answers, at least one; all that were there together."""
 
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +176,7 @@ class Models:
         return {"engines": [asdict(s) for s in fleet.status], "queued": fleet.num_queued}
 
     async def talk(self, call: TalkCall) -> AsyncGenerator[TalkEvent, None]:
-        """Yield `Began`, then what is said, piece by piece, or `Failed` at any place."""
+        """Yield `Began`, then what is said as it comes, or `Failed` at any place."""
         fleet = self._started()
         self._in_use[call.model] += 1
         try:
@@ -222,14 +219,8 @@ class Models:
         num_tokens = sum(len(prompt.tokens) for prompt in prompts)
         yield Began(fingerprint=f"fp_{target.digest[:16]}", prompt_tokens=num_tokens)
         async with aclosing(fleet.generate(target, sequences)) as pieces:
-            async for piece in pieces:
-                delta = piece.delta
-                yield Said(
-                    index=piece.index,
-                    text=delta.text,
-                    token_ids=delta.token_ids,
-                    finish_reason=delta.finish_reason,
-                )
+            async for there in pieces:
+                yield Said(pieces=tuple(there))
 
     def _started(self) -> Fleet:
         """Return the fleet; it belongs to the loop that calls run on, so it is made here."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from serve.fleet import Piece
 from serve.models import Began, Said, TalkCall
 from serve.schema import Body
 from serve.texts import ChatMessage
@@ -207,10 +208,12 @@ class Answer:
 
     # Any: JSON documents
     def add(self, said: Said) -> None:
-        """Take the next piece into the whole answer."""
-        self._texts[said.index] += said.text
-        self._tokens[said.index].extend(said.token_ids)
-        self._reasons[said.index] = said.finish_reason or self._reasons[said.index]
+        """Take the next pieces into the whole answer."""
+        for piece in said.pieces:
+            index, delta = piece.index, piece.delta
+            self._texts[index] += delta.text
+            self._tokens[index].extend(delta.token_ids)
+            self._reasons[index] = delta.finish_reason or self._reasons[index]
 
     def whole(self) -> dict[str, Any]:
         """Return the answer when all is said."""
@@ -224,18 +227,23 @@ class Answer:
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
     def chunks(self, said: Said) -> Iterator[dict[str, Any]]:
-        """Return the chunks of the next piece; a chat's first one names who speaks."""
+        """Return the chunks of the next pieces; a chat's first one names who speaks."""
         self.add(said)
-        if self._is_chat and said.index not in self._greeted:
-            self._greeted.add(said.index)
-            first = {"index": said.index, "delta": {"role": "assistant", "content": ""}}
-            yield self._chunk([{**first, "logprobs": None, "finish_reason": None}])
-        yield self._chunk([self._choice(said.index, said.text, said.finish_reason, said.token_ids)])
+        for piece in said.pieces:
+            yield from self._piece_chunks(piece)
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """Return what follows the last piece: the usage, if it was asked for."""
         if self._body.includes_usage:
             yield {**self._chunk([]), "usage": self._usage()}
+
+    def _piece_chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        index, delta = piece.index, piece.delta
+        if self._is_chat and index not in self._greeted:
+            self._greeted.add(index)
+            first = {"index": index, "delta": {"role": "assistant", "content": ""}}
+            yield self._chunk([{**first, "logprobs": None, "finish_reason": None}])
+        yield self._chunk([self._choice(index, delta.text, delta.finish_reason, delta.token_ids)])
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"

@@ -124,15 +124,13 @@ async def _stream(
     answer: Answer, first: Said, events: AsyncGenerator[TalkEvent, None]
 ) -> AsyncIterator[bytes]:
     try:
-        for chunk in answer.chunks(first):
-            yield _sse(chunk)
+        yield b"".join(map(_sse, answer.chunks(first)))
         async for event in events:
             if isinstance(event, Failed):
                 yield _sse(envelope(event.status, event.code, event.message, event.param))
                 return
             assert isinstance(event, Said)
-            for chunk in answer.chunks(event):
-                yield _sse(chunk)
+            yield b"".join(map(_sse, answer.chunks(event)))
         for chunk in answer.last_chunks():
             yield _sse(chunk)
         yield b"data: [DONE]\n\n"

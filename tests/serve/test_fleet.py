@@ -38,8 +38,9 @@ async def answer(
 ) -> list[str]:
     prompt = Prompt(tokens=tuple(text.encode()), sampling=StreamSampling(max_tokens=tokens))
     texts = [""] * copies
-    async for piece in fleet.generate(target, [prompt] * copies):
-        texts[piece.index] += piece.delta.text
+    async for pieces in fleet.generate(target, [prompt] * copies):
+        for piece in pieces:
+            texts[piece.index] += piece.delta.text
     return texts
 
 
@@ -125,7 +126,7 @@ def test_one_that_has_begun_ends_with_a_clear_error(targets: list[Target]) -> No
         fleet = Fleet([engine], first_pause_s=0.01)
         prompt = Prompt(tokens=(1, 2), sampling=StreamSampling(max_tokens=20))
         pieces = fleet.generate(targets[0], [prompt])
-        assert (await anext(pieces)).delta.text
+        assert (await anext(pieces))[0].delta.text
         engine.kill()
         with pytest.raises(AnswerError, match="died in the middle of the answer"):
             await anext(pieces)
@@ -196,6 +197,44 @@ def test_an_altered_variant_is_refused_and_the_engine_serves_on(targets: list[Ta
             await answer(fleet, targets[2])
         assert await answer(fleet, targets[0]) == [expected(targets[0])]
         assert engine.starts == 1
+        await fleet.close()
+
+    run(work)
+
+
+def test_what_is_there_together_is_yielded_together_and_in_order(targets: list[Target]) -> None:
+    async def work() -> None:
+        fleet = Fleet([StreamingEcho(token_s=0.01)])
+        prompt = Prompt(tokens=(65,), sampling=StreamSampling(max_tokens=6))
+        texts = [""] * 8
+        num_yields = 0
+        async for pieces in fleet.generate(targets[0], [prompt] * 8):
+            num_yields += 1
+            await asyncio.sleep(0.03)  # as one who can't keep up
+            for piece in pieces:
+                texts[piece.index] += piece.delta.text
+        assert texts == [expected(targets[0], "A", 6)] * 8
+        assert num_yields <= 6  # one by one they would have been 48
+        await fleet.close()
+
+    run(work)
+
+
+def test_the_pieces_before_a_failure_are_yielded_before_it(targets: list[Target]) -> None:
+    async def work() -> None:
+        engine = StreamingEcho(token_s=0.01)
+        fleet = Fleet([engine], first_pause_s=0.01)
+        prompt = Prompt(tokens=(65,), sampling=StreamSampling(max_tokens=50))
+        answers = fleet.generate(targets[0], [prompt])
+        text = (await anext(answers))[0].delta.text
+        await asyncio.sleep(0.05)
+        engine.kill()
+        await asyncio.sleep(0.05)
+        text += "".join(piece.delta.text for piece in await anext(answers))
+        with pytest.raises(AnswerError, match="died in the middle of the answer"):
+            await anext(answers)
+        assert len(text) > 1
+        assert expected(targets[0], "A", 50).startswith(text)
         await fleet.close()
 
     run(work)

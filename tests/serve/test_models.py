@@ -60,7 +60,8 @@ async def talk(models: Models, asked: TalkCall) -> list[TalkEvent]:
 
 
 def text(events: list[TalkEvent]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Said))
+    said = [event for event in events if isinstance(event, Said)]
+    return "".join(piece.delta.text for event in said for piece in event.pieces)
 
 
 def test_the_model_that_is_named_answers_and_the_fingerprint_names_its_contents(
