@@ -77,10 +77,12 @@ class EngineOptions:
     0 = its share of the cores. ``slots`` are sequences that run at once on one engine;
     ``max_queued`` sequences may wait, beyond which the answer is 429; ``max_sequences`` may one
     call have. ``longest_wait_s`` is how long a variant waits before it claims an engine from
-    another. ``prestart``: engines start with the service, on the first run's dense model, and the
-    service is ready once one has; else with the first call.
+    another. ``min_engines`` start with the service, on the first run's dense model, and the service
+    is ready once one has; the others start when there is more to do than the running ones can, and
+    end after ``idle_stop_s`` with nothing to do.
     """
 
+    min_engines: int = 1
     max_engines: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -92,7 +94,7 @@ class EngineOptions:
     max_tokens: int = 1024
     start_timeout_s: float = 300.0
     longest_wait_s: float = 10.0
-    prestart: bool = True
+    idle_stop_s: float = 600.0
 
 
 _BOUNDS: Final = Bounds()

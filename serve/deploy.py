@@ -31,6 +31,8 @@ class ServeArguments(BaseModel):
     pruning_replicas: int = Field(default=PruningOptions().max_replicas, ge=1)
     strategy_replicas: int = Field(default=StrategyOptions().max_replicas, ge=1)
     engines: int = Field(default=EngineOptions().max_engines, ge=0)
+    min_engines: int = Field(default=EngineOptions().min_engines, ge=0)
+    engine_idle_stop_s: float = Field(default=EngineOptions().idle_stop_s, gt=0)
 
     def to_domain(self) -> ServeConfig:
         """Return the configuration.
@@ -46,7 +48,11 @@ class ServeArguments(BaseModel):
             ingress_replicas=self.ingress_replicas,
             pruning=PruningOptions(max_replicas=self.pruning_replicas),
             strategies=StrategyOptions(max_replicas=self.strategy_replicas),
-            engines=EngineOptions(max_engines=self.engines),
+            engines=EngineOptions(
+                min_engines=self.min_engines,
+                max_engines=self.engines,
+                idle_stop_s=self.engine_idle_stop_s,
+            ),
         )
 
 

@@ -3,7 +3,8 @@
 A request belongs to one variant from its first token to its last: an engine is only switched when
 nothing runs on it. One whose engine dies before its first token is tried elsewhere, and after it is
 ended with an error; it is never continued by another engine. An engine that died, or whose switch
-failed, is started again, each time after a longer pause. What this module does not know: Ray, HTTP,
+failed, is started again, each time after a longer pause; one that was stopped because there was
+nothing to do starts when it is needed. What this module does not know: Ray, HTTP,
 vLLM, ids of models.
 """
 
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -99,6 +101,8 @@ class Fleet:
         slots: sequences at once on one engine.
         max_queued: sequences that may wait.
         patience_s: see `Scheduler`.
+        min_engines: see `Scheduler`.
+        idle_stop_s: see `Scheduler`.
         max_tries: engines that one request may lose before it is given up.
         first_pause_s: before a dead engine is started again; doubles with every failure.
     """
@@ -110,13 +114,21 @@ class Fleet:
         slots: int = 32,
         max_queued: int = 256,
         patience_s: float = 10.0,
+        min_engines: int = 0,
+        idle_stop_s: float = math.inf,
         max_tries: int = 3,
         first_pause_s: float = 1.0,
     ) -> None:
         self._engines = list(engines)
         self._scheduler = Scheduler(
-            num_engines=len(engines), slots=slots, max_queued=max_queued, patience_s=patience_s
+            num_engines=len(engines),
+            slots=slots,
+            max_queued=max_queued,
+            patience_s=patience_s,
+            min_engines=min_engines,
+            idle_stop_s=idle_stop_s,
         )
+        self._min_engines = min(min_engines, len(engines))
         self._max_tries = max_tries
         self._first_pause_s = first_pause_s
         self._numbers = itertools.count()
@@ -149,8 +161,8 @@ class Fleet:
         return self._scheduler.num_queued
 
     def warm(self, target: Target) -> None:
-        """Start every engine that has no process yet on a variant, in the background."""
-        for number in range(len(self._engines)):
+        """Start the engines that always run on a variant, in the background."""
+        for number in range(self._min_engines):
             self._warm(number, target)
 
     async def generate(
@@ -223,8 +235,10 @@ class Fleet:
         if isinstance(action, Start):
             call = self._calls[action.ticket.number]
             call.task = self._spawn(self._run(call, action.engine))
-        else:
+        elif isinstance(action, Switch):
             self._spawn(self._switch(action))
+        else:
+            self._spawn(self._stop(action.engine))
 
     async def _run(self, call: _Call, engine: int) -> None:
         """Run one request on one engine to its end."""
@@ -278,6 +292,16 @@ class Fleet:
         finally:
             self._scheduler.switched(action.engine, serves, target.family, time.monotonic())
             self._act()
+
+    async def _stop(self, engine: int) -> None:
+        """End an engine that nobody needs; it is no death, so nothing starts it again by itself."""
+        watcher, self._watchers[engine] = self._watchers[engine], None
+        if watcher is not None:
+            watcher.cancel()
+        self._last[engine] = None
+        await self._engines[engine].close()
+        self._scheduler.stopped(engine)
+        self._act()
 
     def _note_success(self, engine: int, target: Target, checked: Checked) -> None:
         self.context = checked.context

@@ -1,8 +1,9 @@
 """The deployment that talks: vLLM engines that take turns with the variants of every run.
 
-One replica holds ``max_engines`` engines, each in processes of its own, and decides which variant
-each serves (`serve.fleet`). More replicas would each decide for themselves, so there is one; an
-engine may use several GPUs of its node.
+One replica holds up to ``max_engines`` engines, each in processes of its own, and decides which
+variant each serves and how many of them run (`serve.fleet`). More replicas would each decide for
+themselves, so there is one, and Ray reserves for it what all its engines may use; an engine may use
+several GPUs of its node.
 
 Why not `ray.serve.llm`: its server holds one model per deployment and switches between LoRA
 adapters only, so 8 variants would be 8 engines of full size; it offers neither pausing, reloading
@@ -164,7 +165,7 @@ class Models:
     async def ready(self) -> bool:
         """Say whether a call would be answered without waiting for an engine to start."""
         fleet = self._started()
-        return not self._options.prestart or any(s.digest is not None for s in fleet.status)
+        return not self._options.min_engines or any(s.digest is not None for s in fleet.status)
 
     async def in_use(self, model: str) -> bool:
         """Say whether a call for this model runs or waits."""
@@ -231,8 +232,10 @@ class Models:
                 slots=options.slots,
                 max_queued=options.max_queued,
                 patience_s=options.longest_wait_s,
+                min_engines=options.min_engines,
+                idle_stop_s=options.idle_stop_s,
             )
-            if options.prestart:
+            if options.min_engines:
                 self._warming = asyncio.create_task(self._warm(self._fleet))
         return self._fleet
 

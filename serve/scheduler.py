@@ -7,6 +7,9 @@ starts nothing more of its own variant, and is switched when what runs on it has
 do not thrash, and with v variants waiting on e engines none waits longer than ``patience_s`` plus
 ⌈v / e⌉ times the longest request and a switch.
 
+Engines start when a variant has nowhere to go, or no room, and stop after ``idle_stop_s`` with
+nothing to do, as long as more than ``min_engines`` run.
+
 Time comes in with every call, so everything here is tested without a clock. What this module does
 not know: Ray, vLLM, texts, asyncio. A variant is any string that names contents, not a place.
 """
@@ -64,12 +67,22 @@ class Switch:
     family: str
 
 
-Action = Start | Switch
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """End the process of an engine, on which nothing runs."""
+
+    engine: int
+
+
+Action = Start | Switch | Stop
 
 
 @dataclass(slots=True, kw_only=True)
 class _Engine:
-    """``variant`` is none without a process; ``going_to`` is set in a switch."""
+    """``variant`` is none without a process; ``going_to`` is set in a switch.
+
+    ``idle_since_s``: when it last had something to do.
+    """
 
     number: int
     variant: str | None = None
@@ -77,6 +90,8 @@ class _Engine:
     going_to: str | None = None
     claimed_by: str | None = None
     turn_began_s: float = -math.inf
+    idle_since_s: float = math.inf
+    is_stopping: bool = False
     running: dict[int, tuple[Ticket, float]] = field(default_factory=dict)
 
     @property
@@ -87,7 +102,12 @@ class _Engine:
     @property
     def is_idle(self) -> bool:
         """Whether it could be switched now."""
-        return self.going_to is None and not self.running
+        return self.going_to is None and not self.running and not self.is_stopping
+
+    @property
+    def has_process(self) -> bool:
+        """Whether it runs, or is being started."""
+        return self.variant is not None or self.going_to is not None
 
 
 class Scheduler:
@@ -98,10 +118,23 @@ class Scheduler:
         slots: sequences at once on one engine; a larger request runs alone.
         max_queued: sequences that may wait.
         patience_s: see the module.
+        min_engines: that are not stopped.
+        idle_stop_s: see the module.
     """
 
-    def __init__(self, *, num_engines: int, slots: int, max_queued: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        num_engines: int,
+        slots: int,
+        max_queued: int,
+        patience_s: float,
+        min_engines: int = 0,
+        idle_stop_s: float = math.inf,
+    ) -> None:
         self._engines = [_Engine(number=number) for number in range(num_engines)]
+        self._min_engines = min_engines
+        self._idle_stop_s = idle_stop_s
         self._slots = slots
         self._max_queued = max_queued
         self._patience_s = patience_s
@@ -165,6 +198,7 @@ class Scheduler:
         for engine in self._engines:
             if number in engine.running:
                 _, began_s = engine.running.pop(number)
+                engine.idle_since_s = now_s
                 self._mean_s = _MEMORY * self._mean_s + (1 - _MEMORY) * (now_s - began_s)
 
     def switched(self, engine: int, variant: str | None, family: str, now_s: float) -> None:
@@ -172,7 +206,11 @@ class Scheduler:
         state = self._engines[engine]
         state.variant, state.going_to, state.claimed_by = variant, None, None
         state.family = state.family if variant is None else family
-        state.turn_began_s = now_s
+        state.turn_began_s = state.idle_since_s = now_s
+
+    def stopped(self, engine: int) -> None:
+        """Note that the process of an engine has ended as it was asked to."""
+        self._engines[engine].is_stopping = False
 
     def lost(self, engine: int) -> None:
         """Note that an engine's process is gone. Its requests are ended by whoever ran them."""
@@ -201,7 +239,7 @@ class Scheduler:
             engine = self._free_engine(variant)
             if engine is not None:
                 actions.append(self._switch(engine, variant))
-        return actions
+        return [*actions, *self._stops(now_s)]
 
     def wake_at_s(self, now_s: float) -> float | None:
         """Return when `next` will have something to do by the passing of time alone, or none."""
@@ -211,7 +249,8 @@ class Scheduler:
             for variant in self._unserved()
             if variant not in claimed
         ]
-        return min((time for time in times if time > now_s), default=None)
+        times += [engine.idle_since_s + self._idle_stop_s for engine in self._stoppable()]
+        return min((time for time in times if now_s < time < math.inf), default=None)
 
     def _starts(self, now_s: float) -> Iterable[Start]:
         for engine in sorted(self._engines, key=lambda engine: engine.load):
@@ -223,6 +262,18 @@ class Scheduler:
                 engine.running[ticket.number] = (ticket, now_s)
                 yield Start(ticket=ticket, engine=engine.number)
         self._tidy()
+
+    def _stops(self, now_s: float) -> Iterable[Stop]:
+        for engine in self._stoppable():
+            if now_s >= engine.idle_since_s + self._idle_stop_s:
+                engine.variant, engine.is_stopping = None, True
+                yield Stop(engine=engine.number)
+
+    def _stoppable(self) -> list[_Engine]:
+        """Idle engines beyond those that always run, the one idle for longest first."""
+        spare = sum(engine.has_process for engine in self._engines) - self._min_engines
+        idle = [e for e in self._engines if e.is_idle and e.has_process and e.claimed_by is None]
+        return sorted(idle, key=lambda engine: engine.idle_since_s)[: max(0, spare)]
 
     def _fits(self, engine: _Engine, ticket: Ticket) -> bool:
         return not engine.running or engine.load + ticket.size <= self._slots

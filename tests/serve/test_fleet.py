@@ -168,6 +168,35 @@ def test_an_engine_that_dies_with_nothing_to_do_is_started_again(targets: list[T
     run(work)
 
 
+def test_an_engine_that_nobody_needs_is_stopped_and_started_again_by_the_next_request(
+    targets: list[Target],
+) -> None:
+    async def work() -> None:
+        engines = [StreamingEcho(), StreamingEcho()]
+        fleet = Fleet(engines, slots=1, first_pause_s=0.01, min_engines=1, idle_stop_s=0.1)
+        fleet.warm(targets[0])
+        await asyncio.sleep(0.05)
+        assert [engine.starts for engine in engines] == [1, 0]
+        assert await asyncio.gather(*(answer(fleet, t) for t in targets[:2])) == [
+            [expected(target)] for target in targets[:2]
+        ]
+        await asyncio.sleep(0.4)
+        assert sum(engine.alive for engine in engines) == 1
+        assert sum(status.digest is not None for status in fleet.status) == 1
+        starts = sum(engine.starts for engine in engines)
+        assert await answer(fleet, targets[0]) == [expected(targets[0])]
+        assert sum(engine.starts for engine in engines) == starts  # a switch is cheaper
+        fleet = Fleet([StreamingEcho()], idle_stop_s=0.05)
+        for number in (1, 2):
+            assert await answer(fleet, targets[0]) == [expected(targets[0])]
+            assert fleet.status[0].digest is not None
+            await asyncio.sleep(0.2)
+            assert fleet.status[0].digest is None, number
+        await fleet.close()
+
+    run(work)
+
+
 def test_a_failed_switch_takes_the_engine_out_starts_it_again_and_nobody_notices(
     targets: list[Target],
 ) -> None:

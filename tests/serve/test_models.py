@@ -34,7 +34,7 @@ def config(tiny_llama: Path, tmp_path: Path) -> ServeConfig:
         shutil.copytree(base, folder)
         (folder / "strategy.json").write_text(name)
         (folder / "digest").write_text(hashlib.sha256(name.encode()).hexdigest())
-    engines = EngineOptions(prestart=False, max_queued=4, slots=2, longest_wait_s=0.1)
+    engines = EngineOptions(min_engines=0, max_queued=4, slots=2, longest_wait_s=0.1)
     return ServeConfig.of_runs([run], data=data, engines=engines)
 
 
@@ -156,7 +156,7 @@ def test_engines_that_start_with_the_service_make_it_ready_when_one_is_there(
 ) -> None:
     from dataclasses import replace
 
-    eager = replace(config, engines=replace(config.engines, prestart=True))
+    eager = replace(config, engines=replace(config.engines, min_engines=1))
 
     async def work(models: Models, engine: StreamingEcho) -> None:
         assert not await models.ready()

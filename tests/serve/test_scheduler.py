@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.scheduler import QueueFullError, Scheduler, Start, Switch, Ticket
+from serve.scheduler import QueueFullError, Scheduler, Start, Stop, Switch, Ticket
 
 
 def make(num_engines: int = 1, **changes: float) -> Scheduler:
@@ -68,6 +68,28 @@ def test_the_engine_that_is_idle_for_longest_is_taken_and_a_running_one_before_a
     assert scheduler.next(5.0) == [Switch(engine=1, variant="d", family="")]
     scheduler.submit(ticket(3, "e"))
     assert scheduler.next(5.0) == [Switch(engine=2, variant="e", family="")]
+
+
+def test_engines_with_nothing_to_do_stop_one_by_one_and_start_again_when_they_are_needed() -> None:
+    scheduler = serving(make(3, min_engines=1, idle_stop_s=100.0), "a", "a", "a")
+    assert scheduler.next(50.0) == []
+    assert scheduler.wake_at_s(50.0) == 100.0  # engine 0 has been idle since it was started
+    assert scheduler.next(100.0) == [Stop(engine=0)]
+    scheduler.submit(ticket(1, size=4, arrived_s=100.5))
+    assert scheduler.next(100.5) == [Start(ticket=ticket(1, size=4, arrived_s=100.5), engine=1)]
+    # It can't start anew while it ends, so what is too much for the others waits for them.
+    scheduler.submit(ticket(2, size=4, arrived_s=100.6))
+    scheduler.submit(ticket(3, size=4, arrived_s=100.6))
+    assert scheduler.next(100.6) == [Start(ticket=ticket(2, size=4, arrived_s=100.6), engine=2)]
+    scheduler.stopped(0)
+    assert scheduler.next(100.7) == [Switch(engine=0, variant="a", family="")]
+    scheduler.switched(0, "a", "", 160.0)
+    assert scheduler.next(160.0) == [Start(ticket=ticket(3, size=4, arrived_s=100.6), engine=0)]
+    for number in (1, 2, 3):
+        scheduler.finished(number, 160.0 + number)
+    assert scheduler.wake_at_s(170.0) == 261.0
+    assert scheduler.next(263.0) == [Stop(engine=1), Stop(engine=2)]
+    assert scheduler.wake_at_s(264.0) is None  # one always runs
 
 
 def test_an_engine_of_the_same_base_model_is_preferred() -> None:
