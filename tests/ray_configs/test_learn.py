@@ -14,7 +14,7 @@ def test_the_example_describes_a_run_with_the_defaults_of_the_command_line() -> 
     config = LearnConfig.read(CONFIGS / "learn.yaml")
     options = config.to_domain()
     assert options == LearnOptions(
-        model="reference", out=Path("out/run"), evaluations=28, replicas=2
+        model="reference", out=Path("out/run"), evaluations=27, replicas=2
     )
 
 

@@ -38,9 +38,9 @@ from unicuco.surrogate import Intervals, Surrogate, TaskSurrogates
 from unicuco.types import Evaluation, Strategy
 
 _DATABASE: Final = "evaluations.db"
-_FINAL_STEPS: Final = 400  # of StratNet's last training; rounds take fewer
+_FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
 _VALIDATION_POINTS: Final = 12
-_RIVAL_SPARSITIES: Final = (0.5, 0.6, 0.7, 0.8)
+_RIVAL_SPARSITIES: Final = (0.5, 0.65, 0.8)
 _VERSIONS: Final = ("unicuco", "torch", "transformers", "gpytorch")
 
 
