@@ -111,7 +111,7 @@ class Validation:
 CHOICES: Final[dict[str, Choice]] = {
     "lua": Choice(
         what="learning rate of 100 steps (published: 1e-3 or 1e-4, and 500)",
-        values=(1e-3, 5e-3, 1e-2, 2e-2),
+        values=(3e-4, 1e-3, 5e-3, 1e-2, 2e-2),
         make=lambda v, rate: Lua(v.context, LuaOptions(learning_rate=rate)),
         default=LuaOptions().learning_rate,
     ),
@@ -123,13 +123,13 @@ CHOICES: Final[dict[str, Choice]] = {
     ),
     "adapmtl": Choice(
         what="learning rate of 200 steps (published: 1e-3, and 20,000)",
-        values=(0.02, 0.05, 0.1),
+        values=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
         make=lambda v, rate: AdapMtl(v.context, AdapMtlOptions(learning_rate=rate)),
         default=AdapMtlOptions().learning_rate,
     ),
     "descent": Choice(
         what="first step in logits (ours)",
-        values=(0.2, 0.4, 0.8),
+        values=(0.1, 0.2, 0.4, 0.8),
         make=lambda v, rate: v.search(lambda config: Descent(config, rate)),
         default=LEARNING_RATE,
     ),
