@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, provenance
+from unicuco.files import replace_bytes
 
 WORK = Path(__file__).parent.parent / "out" / "benchmarks"  # ignored by git
 
@@ -101,6 +102,5 @@ class Ledger:
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write a document with its provenance, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"provenance": provenance(), **document}, indent=1) + "\n")
-    temporary.replace(path)
+    text = json.dumps({"provenance": provenance(), **document}, indent=1) + "\n"
+    replace_bytes(path, text.encode())

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unicuco.errors import RunError, StorageError
+from unicuco.files import replace_bytes
 from unicuco.types import ModelProfile, Site
 
 FOLDER: Final = "levels"  # in a run folder
@@ -227,17 +227,8 @@ def _json(document: Mapping[str, object]) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; several writers of the same content do no harm."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
     except OSError as error:
         raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
+    replace_bytes(path, data)

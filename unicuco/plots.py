@@ -1,20 +1,19 @@
 """The pictures: of a run (front, strategies, learning, predictions), of comparisons and of bits.
 
 PNG or SVG, as the file's name ends. Drawn without pyplot, so that nothing global is touched and any
-thread may draw. Written under a temporary name and renamed. Matplotlib takes a second to import, so
-that happens at the first drawing. What it does not know: runs and models; it is given numbers.
+thread may draw. Matplotlib takes a second to import, so that happens at the first drawing. What it
+does not know: runs and models; it is given numbers.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
+from unicuco.files import replace_with
 from unicuco.types import Prediction
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def plot_front(
             below.
 
     Raises:
-        OSError: the file can't be written; nothing is left behind.
+        StorageError: the file can't be written; nothing is left behind.
     """
     figure = _figure(7.2, 4.6)
     axes = figure.add_subplot()
@@ -98,7 +97,7 @@ def plot_comparison(path: Path, curves: Mapping[str, Curve], *, caption: str = "
         caption: where the numbers come from, printed small below.
 
     Raises:
-        OSError: the file can't be written; nothing is left behind.
+        StorageError: the file can't be written; nothing is left behind.
     """
     figure = _figure(7.2, 4.6)
     axes = figure.add_subplot()
@@ -130,7 +129,7 @@ def plot_strategies(
 
     Raises:
         ValueError: the shapes do not fit together.
-        OSError: the file can't be written; nothing is left behind.
+        StorageError: the file can't be written; nothing is left behind.
     """
     if sparsity.shape != (len(sites), len(targets)):
         raise ValueError(f"need {len(sites)} x {len(targets)} sparsities, got {sparsity.shape}")
@@ -168,7 +167,7 @@ def plot_learning(path: Path, curve: Curve) -> None:
         curve: points (units, hypervolume), units rising.
 
     Raises:
-        OSError: the file can't be written; nothing is left behind.
+        StorageError: the file can't be written; nothing is left behind.
     """
     figure = _figure(7.2, 3.4)
     axes = figure.add_subplot()
@@ -192,7 +191,7 @@ def plot_predictions(
         measured: ``n`` KLs of the same strategies.
 
     Raises:
-        OSError: the file can't be written; nothing is left behind.
+        StorageError: the file can't be written; nothing is left behind.
     """
     figure = _figure(5.2, 4.6)
     axes = figure.add_subplot()
@@ -222,7 +221,7 @@ def plot_bits(path: Path, curves: Mapping[str, Curve], *, caption: str = "") -> 
         caption: where the numbers come from, printed small below.
 
     Raises:
-        OSError: the file can't be written; nothing is left behind.
+        StorageError: the file can't be written; nothing is left behind.
     """
     figure = _figure(7.2, 4.6)
     axes = figure.add_subplot()
@@ -352,23 +351,6 @@ def _caption(figure: Figure, caption: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    try:
-        _save_whole(figure, path)
-    except OSError as error:  # of a temporary name, which means nothing to anybody
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _save_whole(figure: Figure, path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     kind = kind if kind in {"png", "svg"} else "png"
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".{kind}")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            figure.savefig(file, format=kind, facecolor="white")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_with(path, lambda target: figure.savefig(target, format=kind, facecolor="white"))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unicuco.errors import RunError, StorageError
+from unicuco.errors import RunError
+from unicuco.files import replace_with
 
 _FORMAT: Final = 1
 _HEADER: Final = "unicuco.rows"
@@ -86,18 +86,10 @@ class RowRule:
         Raises:
             StorageError: the disk refused.
         """
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         header = {"format": _FORMAT, "sha256": self.digest}
-        try:
-            tensors = {name: rows.cpu().contiguous() for name, rows in self.offsets.items()}
-            save_file(tensors, staged, metadata={_HEADER: json.dumps(header, sort_keys=True)})
-            with staged.open("rb") as file:
-                os.fsync(file.fileno())
-            staged.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"the row rule can't be written to {path}: {error}") from error
-        finally:
-            staged.unlink(missing_ok=True)
+        tensors = {name: rows.cpu().contiguous() for name, rows in self.offsets.items()}
+        metadata = {_HEADER: json.dumps(header, sort_keys=True)}
+        replace_with(path, lambda target: save_file(tensors, target, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> RowRule:

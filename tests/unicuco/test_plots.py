@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from unicuco.errors import StorageError
 from unicuco.plots import plot_front, plot_strategies
 from unicuco.types import Prediction
 
@@ -63,7 +64,7 @@ def test_a_table_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(StorageError, match="nowhere"):
         plot_front(tmp_path / "nowhere" / "x.png", FRONT, [], [])
     assert list(tmp_path.iterdir()) == []
 

@@ -23,7 +23,8 @@ from unicuco.allocate.blocks import block_strategies, block_weights, min_max, sc
 from unicuco.allocate.evidence import Evidence, TextPart
 from unicuco.allocate.gradients import MEMORY_BYTES, block_products
 from unicuco.calibration import TokenSet
-from unicuco.errors import AllocationError, RunError, StorageError
+from unicuco.errors import AllocationError, RunError
+from unicuco.files import replace_bytes
 from unicuco.importance.influence import datainf, default_damping, positive_influence
 from unicuco.types import Strategy
 
@@ -58,14 +59,8 @@ class InfluenceScores:
         Raises:
             StorageError: the disk refused.
         """
-        staged = path.with_name(f".{path.name}.tmp")
-        try:
-            staged.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
-            staged.replace(path)
-        except OSError as error:
-            raise StorageError(f"the scores can't be written to {path}: {error}") from error
-        finally:
-            staged.unlink(missing_ok=True)
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n"
+        replace_bytes(path, text.encode())
 
     @classmethod
     def load(cls, path: Path) -> InfluenceScores:

@@ -41,7 +41,8 @@ from unicuco.allocate.learned import (
     token_loss,
     windows_in_turn,
 )
-from unicuco.errors import RunError, StorageError
+from unicuco.errors import RunError
+from unicuco.files import replace_with
 from unicuco.rows import RowRule
 from unicuco.types import Strategy
 
@@ -103,15 +104,9 @@ class LuaThresholds:
             "soft_loss": self.soft_loss,
             "hard_loss": self.hard_loss,
         }
-        staged = path.with_name(f".{path.name}.tmp")
-        try:
-            tensors = {name: t.contiguous() for name, t in self.thresholds.items()}
-            save_file(tensors, staged, metadata={_HEADER: json.dumps(header, sort_keys=True)})
-            staged.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"the thresholds can't be written to {path}: {error}") from error
-        finally:
-            staged.unlink(missing_ok=True)
+        tensors = {name: t.contiguous() for name, t in self.thresholds.items()}
+        metadata = {_HEADER: json.dumps(header, sort_keys=True)}
+        replace_with(path, lambda target: save_file(tensors, target, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> LuaThresholds:

@@ -1,12 +1,10 @@
-"""Files of a run folder, JSON and safetensors, whole or not at all: temporary, synced, renamed."""
+"""Files of a run folder, JSON and safetensors, written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from unicuco.errors import RunError, StorageError
+from unicuco.errors import RunError
+from unicuco.files import replace_bytes
 
 
 def save_json(path: Path, document: Mapping[str, Any]) -> None:  # Any: JSON
@@ -23,7 +22,7 @@ def save_json(path: Path, document: Mapping[str, Any]) -> None:  # Any: JSON
     Raises:
         StorageError: the disk refused; what stood there stays.
     """
-    _replace(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    replace_bytes(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -32,30 +31,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         StorageError: the disk refused; what stood there stays.
     """
-    _replace(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-
-def replace_with(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file under a temporary name beside ``path``, and put it in place.
-
-    Raises:
-        StorageError: the disk refused; what stood there stays.
-    """
-    try:
-        descriptor, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
-        )
-        os.close(descriptor)
-        try:
-            write(Path(name))
-            with open(name, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
+    replace_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def load_json(path: Path) -> dict[str, Any]:  # Any: JSON, checked by whoever reads the fields
@@ -93,10 +69,3 @@ def file_digest(path: Path) -> str:
     """Return a file's sha256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    def write(target: Path) -> None:
-        target.write_bytes(data)
-
-    replace_with(path, write)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final
 from unicuco.errors import ContainerError, RequestError
 from unicuco.export.document import DOCUMENT_NAME, read_variant
 from unicuco.export.staging import HashedFile, staged_folder
+from unicuco.files import replace_with
 from unicuco.models import model_digest, resolve_model
 from unicuco.packing import (
     ContainerReader,
@@ -31,7 +32,6 @@ from unicuco.packing import (
     read_header,
     write_container,
 )
-from unicuco.pipeline.files import replace_with
 from unicuco.pipeline.options import ProgressSink
 from unicuco.pipeline.quantising import Quantiser
 from unicuco.search.drive import Progress

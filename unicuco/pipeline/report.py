@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from unicuco.pipeline.files import replace_with
+from unicuco.files import replace_with
 from unicuco.pipeline.pictures import draw_front, draw_strategies
 from unicuco.pipeline.run import MANIFEST, Run
 from unicuco.plots import plot_learning, plot_predictions

@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all: written under a temporary name, synced, renamed.
+
+Several who write the same path at once do no harm: one of their files stands there in the end.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from unicuco.errors import StorageError
+
+
+def replace_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file under a temporary name beside ``path``, and put it in place.
+
+    Raises:
+        StorageError: the disk refused; what stood there stays.
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(descriptor)
+        try:
+            write(Path(name))
+            with open(name, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path} can't be written: {reason}") from error
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Put a file of these bytes in place.
+
+    Raises:
+        StorageError: the disk refused; what stood there stays.
+    """
+    replace_with(path, lambda target: target.write_bytes(data))
