@@ -26,8 +26,9 @@ PARTS = sorted(module.name for module in pkgutil.iter_modules(unicuco.__path__))
 LAYERS = [
     *("errors", "types", "space", "models", "reference", "calibration", "importance", "rows"),
     *("ranks", "levels", "pruners"),
-    *("dimensions", "objectives", "allocate", "evaluate", "surrogate", "stratnet", "search"),
-    *("store", "export", "plots", "packing", "engines", "pipeline", "testing", "cli"),
+    *("dimensions", "objectives", "allocate", "evaluate", "shards", "surrogate"),
+    *("stratnet", "search", "store", "export", "plots", "packing", "engines", "pipeline"),
+    *("testing", "cli"),
 ]
 
 

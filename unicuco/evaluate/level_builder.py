@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from unicuco.calibration import TokenSet
-from unicuco.evaluate.local import Arrays, pack_model, state_of, unpack, working_copy
+from unicuco.evaluate.arrays import Arrays, pack_model, state_of, unpack, working_copy
 from unicuco.levels import LevelPlan
 from unicuco.models import LoadedModel
 from unicuco.pruners import build_levels

@@ -7,13 +7,16 @@ alone.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -98,13 +101,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def build_skeleton(
-    config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
+    config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, on_meta: bool = False
 ) -> PreTrainedModel:
     """Build a model from the contents of ``config.json`` alone.
 
     Args:
         config: the JSON object, ``model_type`` included. (Any: it is JSON of any family.)
         dtype: of every parameter.
+        on_meta: leave parameters without memory at all, on torch's meta device; buffers are real.
 
     Returns:
         The model in eval mode, no gradients asked for; its parameters are not initialised and must
@@ -121,7 +125,8 @@ def build_skeleton(
         raise ModelError(f"the configuration can't be used: {_first_line(error)}") from error
     auto = _auto_class(parsed, "this configuration")
     # Untouched memory is not backed by pages: a skeleton costs no memory until weights are set.
-    with quiet_transformers(), no_init_weights():
+    place = _parameters_on_meta() if on_meta else nullcontext()
+    with quiet_transformers(), no_init_weights(), place:
         model = auto.from_config(parsed, dtype=dtype)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"the configuration builds a {type(model).__name__}, not a language model")
@@ -129,6 +134,27 @@ def build_skeleton(
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Give every parameter that this thread registers inside the block to the meta device.
+
+    At most one is in memory at a time, and untouched; buffers stay where they are made.
+    """
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread or parameter.is_meta:  # tied ones stay the same object
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    # torch takes what a hook returns, whatever its annotation says
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _resolve(name: str | Path) -> Path:

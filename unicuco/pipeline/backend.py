@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from unicuco.evaluate import EvaluatorConfig, LocalEvaluator
+from unicuco.evaluate.arrays import Arrays
 from unicuco.evaluate.level_builder import LevelBuilder, LevelConfig
-from unicuco.evaluate.local import Arrays
 from unicuco.search import Search, SearchConfig, build_search
 from unicuco.search.drive import AskTell, Pool, outcome_of
 from unicuco.types import Ask, Outcome

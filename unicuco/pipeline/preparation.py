@@ -24,7 +24,7 @@ from unicuco.calibration import Sampling, TokenSet, collect_input_norms, sample_
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import RunError
 from unicuco.evaluate import EvaluatorConfig, dense_reference
-from unicuco.evaluate.local import Arrays, pack_model, pack_text
+from unicuco.evaluate.arrays import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
 from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.models import LoadedModel, load_model, load_tokenizer
@@ -42,6 +42,7 @@ from unicuco.pipeline.texts import (
 from unicuco.ranks import RankStore, build_ranks
 from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
+from unicuco.shards.plan import check_shards
 from unicuco.space import StrategySpace
 from unicuco.store import Measurement
 from unicuco.surrogate import SurrogateOptions
@@ -151,10 +152,12 @@ def prepare(
             where the folder belongs to others.
 
     Raises:
+        RequestError: more shards than the model has blocks.
         StorageError: the disk hasn't room for the levels.
     """
     progress(Progress(stage="load", done=0, total=1, detail=options.model))
     loaded = load_model(options.model)
+    check_shards(options.shards, loaded.profile.num_blocks)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
     texts = read_texts(options, tokenizer, context)
@@ -196,6 +199,7 @@ def prepare(
             text_digest=texts.search.digest,
             levels="" if levels is None else str(levels.folder.resolve()),
             tasks=options.task_names,
+            folder=str(loaded.folder.resolve()),
         ),
         search=_search_config(options, loaded.profile, fisher, levels),
     )

@@ -15,7 +15,7 @@ from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig, LocalEvaluator, dense_reference
-from unicuco.evaluate.local import Arrays, pack_model, pack_text
+from unicuco.evaluate.arrays import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
 from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.models import LoadedModel, load_model, load_tokenizer, quiet_transformers
@@ -115,6 +115,7 @@ def make_evaluation_case(
         dimensions=dimensions,
         granularity=granularity,
         text_digest=tokens.digest,
+        folder=str(loaded.folder.resolve()),
     )
     text = pack_text(tokens.ids, dense_reference(loaded.model, tokens.ids))
     return EvaluationCase(

@@ -16,7 +16,7 @@ from unicuco.calibration import token_windows
 from unicuco.dimensions import Granularity
 from unicuco.errors import EvaluationError, RunError
 from unicuco.evaluate import LocalEvaluator
-from unicuco.evaluate.local import pack_model
+from unicuco.evaluate.arrays import pack_model
 from unicuco.models import load_tokenizer, read_site
 from unicuco.rows import RowRule
 from unicuco.search.drive import outcome_of

@@ -1,0 +1,84 @@
+"""`SiteWeights`: dense weights, drop order and Fisher sums of some sites; what is cut out of them.
+
+What it does not know: the model that the sites belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unicuco.evaluate.rank_window import site_derivative
+from unicuco.levels import LevelDatabase
+from unicuco.pruners import LevelPruner
+from unicuco.ranks import cut
+from unicuco.types import Site
+
+
+class SiteWeights:
+    """The sites of one evaluator.
+
+    Args:
+        dense: site path -> the module's matrix, as it is stored.
+        ranks: site path -> ``o x i`` drop order within each row.
+        fisher: site path -> ``i`` sums over rows of F w^2 / 2 at each rank.
+        sites: which.
+        levels: folder of the level database that sites are taken from instead of being cut; or "".
+    """
+
+    def __init__(
+        self,
+        dense: Mapping[str, Tensor],
+        ranks: Mapping[str, Tensor],
+        fisher: Mapping[str, Tensor],
+        sites: tuple[Site, ...],
+        *,
+        levels: str = "",
+    ) -> None:
+        self._dense = {site.path: oriented(dense[site.path], site) for site in sites}
+        self._ranks = ranks
+        self._fisher = fisher
+        self._levels = LevelPruner(LevelDatabase(Path(levels)), self._dense) if levels else None
+
+    @torch.no_grad()
+    def cut(
+        self, site: Site, num_dropped: int, target: Tensor, *, rows: Tensor | None = None
+    ) -> None:
+        """Write a site's matrix with its first ``num_dropped`` weights zeroed into ``target``.
+
+        Args:
+            site: which.
+            num_dropped: weights.
+            target: the live module's matrix, as it is stored.
+            rows: the site's offsets of a row rule; none: rows drop equally.
+        """
+        out, dense = oriented(target, site), self._dense[site.path]
+        if self._levels is not None:
+            out.copy_(self._levels.materialise(site, num_dropped))
+        elif dense.dtype == out.dtype:
+            cut(dense, self._ranks[site.path], num_dropped, rows=rows, out=out)
+        else:  # weights that are kept in half precision are computed with in float32
+            out.copy_(cut(dense, self._ranks[site.path], num_dropped, rows=rows))
+
+    def slope(self, site: Site, gradient: Tensor | None, num_dropped: int) -> float:
+        """Return dKL/ds of a site whose first ``num_dropped`` weights are gone.
+
+        ``gradient`` is that of the mean-token KL to the live module's matrix, as it is stored.
+        """
+        assert gradient is not None, "gradients follow a run with derivatives"
+        path = site.path
+        return site_derivative(
+            oriented(gradient, site),
+            self._dense[path],
+            self._ranks[path],
+            num_dropped,
+            self._fisher[path],
+        )
+
+
+def oriented(matrix: Tensor, site: Site) -> Tensor:
+    """Return a module's matrix as the ``o x i`` view that everything else speaks of."""
+    return matrix.T if site.transposed else matrix
