@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,16 @@ from unicuco.types import Ask, FailedEvaluation, Outcome
 
 if TYPE_CHECKING:  # at run time the package of searches would load GPyTorch into every replica
     from unicuco.search.drive import AskTell, Evaluator
+    from unicuco.shards.evaluator import Relay, StageEvaluator
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
 # Any: a configuration goes from whoever starts an actor to the builder given beside it, unread.
 BuildEvaluator = Callable[[Any, Arrays], "Evaluator"]
+BuildStage = Callable[[Any, Arrays], "StageEvaluator"]
 BuildSearch = Callable[[Any], "AskTell"]
+# What goes from stage to stage; none: to the first one.
+Message: TypeAlias = "Relay | Outcome | None"
 
 # Any: Ray's own handle types lose what class the actor is of.
 Handle = Any
@@ -55,6 +59,50 @@ class EvaluatorActor:
                 ask.strategy, tokens=ask.tokens, derivatives=ask.derivatives
             )
         except Exception as error:  # whatever one strategy breaks, the others go on
+            wall_s = time.perf_counter() - started
+            return FailedEvaluation.from_error(ask.strategy.key, error, wall_s=wall_s)
+
+
+class ShardActor:
+    """One stage of a replica whose model is spread over several actors.
+
+    Args:
+        build: makes the stage; runs here.
+        config: the builder's configuration.
+        arrays: drop order and text: read-only views of the node's shared memory.
+    """
+
+    # Any: as `BuildEvaluator`
+    def __init__(self, build: BuildStage, config: Any, arrays: Arrays) -> None:
+        self._build = build
+        self._config = config
+        self._arrays = arrays
+
+    def start(self) -> None:
+        """Build the stage."""
+        self._stage = self._build(self._config, self._arrays)
+
+    def confirm(self, *started: None) -> None:
+        """Return when all stages have started: their own calls are what this one waits for."""
+
+    def forward(self, ask: Ask, message: Message) -> Message:
+        """Take a strategy forward."""
+        return self._passed(self._stage.forward, ask, message)
+
+    def backward(self, ask: Ask, message: Message) -> Message:
+        """Take a strategy back."""
+        return self._passed(self._stage.backward, ask, message)
+
+    def _passed(self, step: Callable[[Ask, Any], Message], ask: Ask, message: Message) -> Message:
+        """Make a step; a failure is a value, and what was one before stays it."""
+        if isinstance(message, FailedEvaluation):
+            self._stage.forget(ask)
+            return message
+        started = time.perf_counter()
+        try:
+            return step(ask, message)
+        except Exception as error:  # whatever one strategy breaks, the others go on
+            self._stage.forget(ask)
             wall_s = time.perf_counter() - started
             return FailedEvaluation.from_error(ask.strategy.key, error, wall_s=wall_s)
 
@@ -116,6 +164,13 @@ def build_local_evaluator(config: Any, arrays: Arrays) -> Evaluator:
     from unicuco.evaluate import LocalEvaluator
 
     return LocalEvaluator.from_arrays(config, arrays)
+
+
+def build_stage(config: Any, arrays: Arrays) -> StageEvaluator:
+    """Build one stage of a sharded evaluator."""
+    from unicuco.shards.evaluator import StageEvaluator
+
+    return StageEvaluator(config, arrays)
 
 
 def build_configured_search(config: Any) -> AskTell:

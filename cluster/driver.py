@@ -1,8 +1,10 @@
 """`RayBackend`: evaluators and search as Ray actors, for `unicuco.pipeline.learn`.
 
 The model's arrays are put into Ray's shared memory once; every node gets them once, and its
-replicas read them in place. What this module does not know: what is learned, and where it is
-recorded.
+replicas read them in place. With shards a replica is a pipeline of actors in a placement group of
+its own, which keeps them together where that goes; each is given the drop order of its own blocks
+and reads its own weights from the model's folder, which every node must reach. What this module
+does not know: what is learned, and where it is recorded.
 """
 
 from __future__ import annotations
@@ -11,26 +13,36 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import (
     Arrays,
     BuildEvaluator,
     BuildSearch,
+    BuildStage,
     EvaluatorActor,
     Handle,
     LearnerActor,
     LevelActor,
+    ShardActor,
     build_configured_search,
     build_local_evaluator,
+    build_stage,
 )
 from cluster.learner import RaySearch
 from cluster.level_crew import LevelCrew
 from cluster.local_ray import connect, local_ray
 from cluster.pool import RayPool
+from cluster.replicas import ActorReplica, PipelineReplica, Replica
+from cluster.room import too_large
 from unicuco.errors import RequestError
+
+if TYPE_CHECKING:
+    from unicuco.evaluate import EvaluatorConfig
 
 
 class RayBackend:
@@ -41,12 +53,14 @@ class RayBackend:
             here or that RAY_ADDRESS names; "ray://HOST:10001" a remote one. A process that is
             connected already keeps its connection.
         replicas: evaluators; each holds a copy of the model. More than there are cores share them.
-        threads: of each replica.
+        threads: of each replica, or of each of its shards.
+        shards: actors that a replica's model is spread over.
         build_evaluator: makes a replica's evaluator from what `start` is given; must pickle.
         build_search: makes the search likewise.
+        build_stage: makes a shard's stage from its `StageConfig` and arrays likewise.
 
     Raises:
-        RequestError: replicas or threads below 1.
+        RequestError: replicas, threads or shards below 1.
     """
 
     def __init__(
@@ -54,16 +68,20 @@ class RayBackend:
         address: str = "local",
         replicas: int = 1,
         threads: int = 1,
+        shards: int = 1,
         *,
         build_evaluator: BuildEvaluator = build_local_evaluator,
         build_search: BuildSearch = build_configured_search,
+        build_stage: BuildStage = build_stage,
     ) -> None:
-        for name, value in (("replicas", replicas), ("threads", threads)):
+        for name, value in (("replicas", replicas), ("threads", threads), ("shards", shards)):
             if value < 1:
                 raise RequestError(f"{name} must be at least 1, got {value}")
         self._address = address
         self._replicas = replicas
         self._threads = threads
+        self._shards = shards
+        self._build_stage = build_stage
         self._build_evaluator = build_evaluator
         self._build_search = build_search
         self._stack = ExitStack()
@@ -83,8 +101,7 @@ class RayBackend:
         pool = self.start_pool(evaluator, arrays)
 
         def start_learner() -> Handle:
-            environment = {"env_vars": _process_settings(self._threads)}
-            actor = ray.remote(LearnerActor).options(num_cpus=0, runtime_env=environment)
+            actor = ray.remote(LearnerActor).options(num_cpus=0, runtime_env=self._environment())
             return actor.remote(self._build_search, search)
 
         learner = RaySearch(start_learner)
@@ -98,18 +115,60 @@ class RayBackend:
         Raises:
             ClusterError: no Ray can be reached or started.
         """
-        self._connect(sum(array.nbytes for array in arrays.values()))
-        shared = ray.put(dict(arrays))
-        share = self._cpu_share()
-
-        def start_replica() -> Handle:
-            actor = ray.remote(EvaluatorActor).options(num_cpus=share, runtime_env=environment)
-            return actor.remote(self._build_evaluator, evaluator, shared)
-
-        environment = {"env_vars": _process_settings(self._threads)}
-        pool = RayPool(start_replica, self._replicas)
+        if self._shards > 1:
+            start_replica = self._pipelines(evaluator, arrays)
+        else:
+            start_replica = self._actors(evaluator, arrays)
+        pool = RayPool(
+            start_replica, self._replicas, too_large=lambda: too_large(float(self._threads))
+        )
         self._stack.callback(pool.close)
         return pool
+
+    # Any: as `start`
+    def _actors(self, evaluator: Any, arrays: Arrays) -> Callable[[], Replica]:
+        """Return what starts a replica of one actor."""
+        self._connect(sum(array.nbytes for array in arrays.values()))
+        shared = ray.put(dict(arrays))
+        actor = ray.remote(EvaluatorActor).options(
+            num_cpus=self._cpu_share(), runtime_env=self._environment()
+        )
+        return lambda: ActorReplica(actor.remote(self._build_evaluator, evaluator, shared))
+
+    def _pipelines(self, evaluator: EvaluatorConfig, arrays: Arrays) -> Callable[[], Replica]:
+        """Return what starts a replica of several actors."""
+        from unicuco.shards import evaluator as sharding
+        from unicuco.shards.plan import plan_shards
+        from unicuco.shards.timing import measured_costs
+
+        costs = measured_costs(evaluator, context=arrays["text/ids"].shape[1])
+        plan = plan_shards(costs, self._shards)
+        configs = sharding.stage_configs(evaluator, plan)
+        parts = [sharding.stage_arrays(config, arrays) for config in configs]
+        # Several strategies are under way in each pipeline, each as one message about all tokens.
+        message = sharding.relay_bytes(evaluator, arrays)
+        under_way = self._replicas * 2 * (self._shards + 1) * message
+        self._connect(under_way + sum(array.nbytes for part in parts for array in part.values()))
+        shared = [ray.put(dict(part)) for part in parts]
+        share, environment = self._cpu_share(), self._environment()
+
+        options = {
+            "num_cpus": share,
+            "runtime_env": environment,
+            "allow_out_of_order_execution": True,
+        }
+
+        def start_pipeline() -> Replica:
+            group, places = self._group(share)
+            handles = [
+                ray.remote(ShardActor)
+                .options(**options, **place)
+                .remote(self._build_stage, config, own)
+                for place, config, own in zip(places, configs, shared, strict=True)
+            ]
+            return PipelineReplica(handles, group)
+
+        return start_pipeline
 
     # Any: as `start`
     def build_levels(
@@ -131,11 +190,11 @@ class RayBackend:
         # order and the dense predictions, come into the same.
         self._connect(2 * sum(array.nbytes for array in arrays.values()))
         shared = ray.put(dict(arrays))
-        share = self._cpu_share()
-        environment = {"env_vars": _process_settings(self._threads)}
+        actor = ray.remote(LevelActor).options(
+            num_cpus=self._cpu_share(), runtime_env=self._environment()
+        )
 
         def start_actor() -> Handle:
-            actor = ray.remote(LevelActor).options(num_cpus=share, runtime_env=environment)
             return actor.remote(config, shared)
 
         LevelCrew(start_actor, self._replicas).build(blocks, on_done)
@@ -165,7 +224,7 @@ class RayBackend:
             self._stack.callback(ray.shutdown)
 
     def _cpu_share(self) -> float:
-        """Return the CPUs that each replica asks of Ray.
+        """Return the CPUs that each replica, or each of its shards, asks of Ray.
 
         On a cluster too small for all replicas the rest join when there is room, perhaps on nodes
         that come because they are wanted; on this machine nothing will come, so they share.
@@ -174,7 +233,23 @@ class RayBackend:
             return float(self._threads)
         # What others of this process' replicas hold is not there; none left: all start regardless.
         free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
-        return min(float(self._threads), cpu_share(free, self._replicas))
+        return min(float(self._threads), cpu_share(free, self._replicas * self._shards))
+
+    # Any: Ray's types of groups and of what actors may be started with.
+    def _group(self, share: float) -> tuple[Any, list[dict[str, Any]]]:
+        """Return a group for one pipeline, and each shard's place in it; this machine needs none.
+
+        Ray keeps a group on one node where it fits on one, and spreads it where it does not.
+        """
+        if self._address == "local":
+            return None, [{}] * self._shards
+        group = placement_group([{"CPU": share}] * self._shards, strategy="PACK")
+        numbers = range(self._shards)
+        places = [PlacementGroupSchedulingStrategy(group, number) for number in numbers]
+        return group, [{"scheduling_strategy": place} for place in places]
+
+    def _environment(self) -> dict[str, dict[str, str]]:
+        return {"env_vars": _process_settings(self._threads)}
 
 
 def cpu_share(cpus: float, replicas: int) -> float:

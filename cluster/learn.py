@@ -33,7 +33,8 @@ class LearnConfig(BaseModel):
     """A job's YAML file; fields as in `unicuco.pipeline.LearnOptions`, and where to run.
 
     ``address`` left out means the cluster that the job runs on, if it runs on one, else a Ray of
-    its own; "none" is without Ray. ``threads`` are those of each replica.
+    its own; "none" is without Ray. ``threads`` are those of each replica, or of each of
+    its shards.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -119,17 +120,19 @@ class LearnConfig(BaseModel):
         """Return the backend that the address names.
 
         Raises:
-            RequestError: replicas or threads that a process without Ray does not have.
+            RequestError: replicas, shards or threads that a process without Ray does not have.
         """
         if self.effective_address == "none":
-            if self.replicas > 1 or self.threads > 1:
-                raise RequestError("replicas and threads need Ray; leave out `address: none`")
+            if max(self.replicas, self.shards, self.threads) > 1:
+                raise RequestError(
+                    "replicas, shards and threads need Ray; leave out `address: none`"
+                )
             from unicuco.pipeline import LocalBackend
 
             return LocalBackend()
         from cluster.driver import RayBackend
 
-        return RayBackend(self.effective_address, self.replicas, self.threads)
+        return RayBackend(self.effective_address, self.replicas, self.threads, self.shards)
 
     @property
     def effective_address(self) -> str:

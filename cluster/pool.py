@@ -1,9 +1,10 @@
 """`RayPool`: asks to replicas, outcomes back in finish order, whatever happens to the replicas.
 
-A replica has one ask at a time, taken from one queue by whichever replica is free. A replica that
-dies is started again and its ask goes first to the next free one; a strategy that takes three
-replicas down with it becomes a failed evaluation. What this module does not know: how actors are
-placed on a cluster.
+Asks wait in one queue for whichever replica has room: one for an actor, several for a pipeline of
+shards. A replica of which anything dies is started again as a whole, and its asks go first to the
+next that is free; until they are judged they run alone, for one of them may have been the reason.
+A strategy that takes three replicas down with it becomes a failed evaluation. What this module does
+not know: how actors are placed on a cluster.
 """
 
 from __future__ import annotations
@@ -14,57 +15,67 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from cluster.actors import Handle
+from cluster.replicas import Ref, Replica
 from unicuco.errors import ClusterError, UnicucoError
 from unicuco.types import Ask, FailedEvaluation, Outcome
 
 _MAX_DEATHS: Final = 3
 _QUEUED_PER_REPLICA: Final = 1
+_TOO_LARGE_AFTER_S: Final = 20.0
 
 
 @dataclass(slots=True, eq=False)
-class _Replica:
-    handle: Handle
+class _Member:
+    replica: Replica
     is_ready: bool = False
-    ask: Ask | None = None
+    asks: list[Ask] = field(default_factory=list)
 
 
-# None: the pool was closed. Any: of a start it is None, of an evaluation the outcome.
-_Event = tuple[_Replica, "Future[Any]"] | None
+# None: the pool was closed. The ask is none for a start, whose future is of nothing. Any: of an
+# evaluation the outcome.
+_Event = tuple[_Member, Ask | None, "Future[Any]"] | None
 
 
 class RayPool:
-    """A `unicuco.search.drive.Pool` of evaluator actors.
+    """A `unicuco.search.drive.Pool` of replicas.
 
     Args:
-        start_replica: starts one evaluator actor and returns its handle at once.
+        start_replica: starts one and returns it at once.
         num_replicas: how many to hold.
         start_timeout_s: how long to wait while no replica at all is ready.
+        too_large: says in a line why no node can ever hold a replica; none: one may.
     """
 
     def __init__(
         self,
-        start_replica: Callable[[], Handle],
+        start_replica: Callable[[], Replica],
         num_replicas: int,
         *,
         start_timeout_s: float = 600.0,
+        too_large: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.max_pending = num_replicas * (1 + _QUEUED_PER_REPLICA)
         self._start_replica = start_replica
         self._start_timeout_s = start_timeout_s
+        self._too_large = too_large
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over all below: asks come from another thread than outcomes
         self._is_closed = False
         self._waiting: deque[Ask] = deque()
         self._deaths: Counter[str] = Counter()
         self._failed_starts = 0
-        self._replicas = [self._started() for _ in range(num_replicas)]
+        self._members = [self._started() for _ in range(num_replicas)]
+        room = sum(member.replica.capacity for member in self._members)
+        self.max_pending = room + num_replicas * _QUEUED_PER_REPLICA
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those that are held now."""
+        return [member.replica for member in self._members]
 
     def submit(self, ask: Ask) -> None:
         """Give an ask to a free replica, or queue it."""
@@ -79,19 +90,20 @@ class RayPool:
             ClusterError: no replica can be started, or the pool was closed.
             UnicucoError: what a replica raised while it built its evaluator.
         """
-        deadline = time.monotonic() + self._start_timeout_s
+        started = time.monotonic()
         while True:
-            replica, future = self._next_event(deadline)
+            member, ask, future = self._next_event(started)
             error = future.exception()
             with self._lock:
-                ask, replica.ask = replica.ask, None
+                result = None
                 if ask is None:
-                    self._settle_start(replica, error)
-                    result = None
+                    self._settle_start(member, error)
                 elif error is None:
+                    member.asks.remove(ask)
+                    self._deaths.pop(ask.strategy.key, None)
                     result = ask, future.result()
                 else:
-                    result = self._settle_failure(replica, ask, error)
+                    result = self._settle_failure(member, ask, error)
                 self._dispatch()
             if result is not None:
                 return result
@@ -100,80 +112,115 @@ class RayPool:
         """End every replica; a `next_outcome` that waits is told."""
         with self._lock:
             self._is_closed = True
-            for replica in self._replicas:
-                ray.kill(replica.handle)
+            for member in self._members:
+                member.replica.kill()
         self._events.put(None)
 
-    def _next_event(self, deadline: float) -> tuple[_Replica, Future[Any]]:
+    def _next_event(self, started: float) -> tuple[_Member, Ask | None, Future[Any]]:
         while True:
-            ready = any(replica.is_ready for replica in self._replicas)
             try:
-                event = self._events.get(
-                    timeout=None if ready else max(0.0, deadline - time.monotonic())
-                )
+                event = self._events.get(timeout=self._patience(started))
             except queue.Empty:
-                raise ClusterError(
-                    f"no replica could be started in {self._start_timeout_s:.0f} s: the cluster has"
-                    " no free CPU for one; free some, add nodes, or ask for fewer --replicas"
-                ) from None
+                self._explain(started)
+                continue
             if event is None:
                 self._events.put(None)
                 raise ClusterError("the pool of replicas was closed: begin again with --resume")
-            if event[0] in self._replicas:  # else it was given up before
+            if event[0] in self._members:  # else it was given up before
                 return event
 
-    def _started(self) -> _Replica:
-        handle = self._start_replica()
-        replica = _Replica(handle)
-        self._watch(replica, handle.start.remote())
-        return replica
+    def _patience(self, started: float) -> float | None:
+        """Return how long to wait for an event before asking why there is none; none: for ever."""
+        if any(member.is_ready for member in self._members):
+            return None
+        waited = time.monotonic() - started
+        first = min(_TOO_LARGE_AFTER_S, self._start_timeout_s)
+        return max(0.0, (first if waited < first else self._start_timeout_s) - waited)
 
-    # Any: ObjectRef has no public type that both Ray's core and its client share.
-    def _watch(self, replica: _Replica, ref: Any) -> None:
+    def _explain(self, started: float) -> None:
+        """Give up where no replica can start.
+
+        Raises:
+            ClusterError: there is no room, and none will come.
+        """
+        reason = self._too_large()
+        if reason is not None:
+            raise ClusterError(reason)
+        if time.monotonic() - started >= self._start_timeout_s:
+            raise ClusterError(
+                f"no replica could be started in {self._start_timeout_s:.0f} s: the cluster has"
+                " no free CPU for one; free some, add nodes, or ask for fewer --replicas"
+            )
+
+    def _started(self) -> _Member:
+        member = _Member(self._start_replica())
+        self._watch(member, None, member.replica.start())
+        return member
+
+    def _watch(self, member: _Member, ask: Ask | None, ref: Ref) -> None:
         # The callback runs in a thread of Ray's, where nothing of Ray may be called: only note it.
-        ref.future().add_done_callback(lambda future: self._events.put((replica, future)))
+        ref.future().add_done_callback(lambda future: self._events.put((member, ask, future)))
 
     def _dispatch(self) -> None:
-        if self._is_closed:
-            return
-        for replica in self._replicas:
-            if not self._waiting:
+        while self._waiting and not self._is_closed:
+            ask = self._waiting[0]
+            free = [member for member in self._members if self._has_room(member, ask)]
+            if not free:
                 return
-            if replica.is_ready and replica.ask is None:
-                replica.ask = self._waiting.popleft()
-                self._watch(replica, replica.handle.evaluate.remote(replica.ask))
+            member = min(free, key=lambda member: len(member.asks))
+            self._waiting.popleft()
+            member.asks.append(ask)
+            self._watch(member, ask, member.replica.evaluate(ask))
 
-    def _settle_start(self, replica: _Replica, error: BaseException | None) -> None:
+    def _has_room(self, member: _Member, ask: Ask) -> bool:
+        """Say whether a replica can take an ask; what saw one die gets a replica to itself."""
+        is_free = member.is_ready and len(member.asks) < member.replica.capacity
+        suspects = any(self._deaths[own.strategy.key] for own in (ask, *member.asks))
+        return is_free and not (suspects and member.asks)
+
+    def _settle_start(self, member: _Member, error: BaseException | None) -> None:
         if error is None:
-            replica.is_ready = True
+            member.is_ready = True
             self._failed_starts = 0
             return
         cause = error.cause if isinstance(error, RayTaskError) else error
         self._failed_starts += 1
         if isinstance(cause, UnicucoError):
             raise cause
-        if isinstance(error, RayTaskError) or self._failed_starts >= _MAX_DEATHS:
+        if not _is_death(error) or self._failed_starts >= _MAX_DEATHS:
             reason = " ".join(str(cause).split())[:300]
             raise ClusterError(
                 f"a replica can't start: {type(cause).__name__}: {reason}"
             ) from error
-        self._replace(replica)
+        self._replace(member)
 
     def _settle_failure(
-        self, replica: _Replica, ask: Ask, error: BaseException
+        self, member: _Member, ask: Ask, error: BaseException
     ) -> tuple[Ask, Outcome] | None:
         key = ask.strategy.key
-        if isinstance(error, RayTaskError):  # it lives: e.g. an outcome that could not be sent
+        if isinstance(error, RayTaskError) and not _is_death(error):
+            member.asks.remove(ask)  # it lives: e.g. an outcome that could not be sent
             return ask, FailedEvaluation.from_error(key, error.cause)
-        self._replace(replica)
-        self._deaths[key] += 1
-        if self._deaths[key] < _MAX_DEATHS:
-            self._waiting.appendleft(ask)
+        self._replace(member)
+        for own in member.asks:
+            self._deaths[own.strategy.key] += 1
+        self._waiting.extendleft(
+            own for own in reversed(member.asks) if own is not ask or not self._is_deadly(ask)
+        )
+        if not self._is_deadly(ask):
             return None
         message = f"{_MAX_DEATHS} replicas died while evaluating it"
         return ask, FailedEvaluation(strategy_key=key, kind="ReplicaDied", message=message)
 
-    def _replace(self, replica: _Replica) -> None:
-        ray.kill(replica.handle)  # where it is merely out of reach
+    def _is_deadly(self, ask: Ask) -> bool:
+        return self._deaths[ask.strategy.key] >= _MAX_DEATHS
+
+    def _replace(self, member: _Member) -> None:
+        member.replica.kill()  # where it is merely out of reach, or a part of it lives
         if not self._is_closed:
-            self._replicas[self._replicas.index(replica)] = self._started()
+            self._members[self._members.index(member)] = self._started()
+
+
+def _is_death(error: BaseException) -> bool:
+    """Say whether a process died, be it one that another's input came from."""
+    return not isinstance(error, RayTaskError) or isinstance(error.cause, RayError)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster.actors import Handle
 from cluster.driver import RayBackend, cpu_share
 from cluster.local_ray import connect
+from cluster.replicas import Replica
 from tests.cluster.synthetic import (
     ARRAYS,
     Bowl,
@@ -59,11 +60,11 @@ def without_place(outcome: Evaluation) -> tuple[object, ...]:
     return outcome.strategy_key, outcome.kl, outcome.kept_fraction, outcome.gradient
 
 
-def dies_soon(handle: Handle) -> bool:
+def dies_soon(replica: Replica) -> bool:
     """Say whether an actor ends by itself; killing takes effect a moment after it is asked for."""
     for _ in range(300):
         try:
-            ray.get(handle.start.remote(), timeout=30)
+            ray.get(replica.start(), timeout=30)
         except ray.exceptions.ActorDiedError:
             return True
         time.sleep(0.1)
@@ -106,17 +107,17 @@ def test_two_backends_beside_each_other_get_all_their_replicas() -> None:
     with backend(2) as first, backend(2) as second:
         pools = [first.start(BowlConfig(), ARRAYS, 4)[1], second.start(BowlConfig(), ARRAYS, 4)[1]]
         for pool in pools:
-            for replica in pool._replicas:
-                ray.get(replica.handle.start.remote(), timeout=60)
+            for replica in pool.replicas:
+                ray.get(replica.start(), timeout=60)
 
 
 def test_leaving_the_backend_ends_its_actors_and_no_others(store: EvaluationStore) -> None:
     with backend(2) as ray_backend:
         search, pool = ray_backend.start(BowlConfig(), ARRAYS, 4)
-        handles = [replica.handle for replica in pool._replicas]
+        replicas = pool.replicas
         drive(search, pool, store, num_evaluations=4, on_progress=ignore)
-    for handle in handles:
-        assert dies_soon(handle)
+    for replica in replicas:
+        assert dies_soon(replica)
     assert ray.is_initialized(), "the session's Ray was there before"
 
 
@@ -152,13 +153,29 @@ def test_a_search_that_fails_is_one_line(store: EvaluationStore) -> None:
                 drive(search, pool, store, num_evaluations=40, on_progress=ignore)
 
 
-def test_replicas_that_can_not_be_placed_are_one_line(store: EvaluationStore) -> None:
+def test_a_replica_larger_than_any_node_is_one_line() -> None:
     with RayBackend("auto", 1, 1000, build_evaluator=Bowl, build_search=DigestSearch) as crowded:
         _, pool = crowded.start(BowlConfig(), ARRAYS, 4)
+        assert pool._patience(time.monotonic()) <= 25, "and not only when all hope is gone"
         pool._start_timeout_s = 1.0
         pool.submit(make_ask(b"12345678"))
-        with pytest.raises(ClusterError, match="no free CPU"):
+        with pytest.raises(ClusterError, match="of 1000 threads fits on no node: the largest has"):
             pool.next_outcome()
+
+
+def test_a_cluster_without_room_is_one_line() -> None:
+    cpus = ray.cluster_resources()["CPU"]
+    all_of_it = placement_group([{"CPU": cpus}])
+    try:
+        ray.get(all_of_it.ready(), timeout=30)
+        with RayBackend("auto", 1, build_evaluator=Bowl, build_search=DigestSearch) as crowded:
+            _, pool = crowded.start(BowlConfig(), ARRAYS, 4)
+            pool._start_timeout_s = 1.0
+            pool.submit(make_ask(b"12345678"))
+            with pytest.raises(ClusterError, match="no free CPU"):
+                pool.next_outcome()
+    finally:
+        remove_placement_group(all_of_it)
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:9"])
@@ -170,10 +187,10 @@ def test_a_cluster_that_is_not_there_is_one_line(
         connect(address=address)
 
 
-@pytest.mark.parametrize(("replicas", "threads"), [(0, 1), (1, 0), (-2, 1)])
-def test_replicas_and_threads_below_one_are_refused(replicas: int, threads: int) -> None:
+@pytest.mark.parametrize("numbers", [(0, 1, 1), (1, 0, 1), (-2, 1, 1), (1, 1, 0)])
+def test_replicas_threads_and_shards_below_one_are_refused(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(RequestError, match="must be at least 1"):
-        RayBackend("local", replicas, threads)
+        RayBackend("local", *numbers)
 
 
 @pytest.mark.parametrize(

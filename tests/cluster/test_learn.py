@@ -131,7 +131,7 @@ def test_a_job_that_is_stopped_says_how_to_go_on(
         (
             {"model": "m", "out": "o", "replicas": 2, "address": "none"},
             2,
-            "replicas and threads need Ray",
+            "replicas, shards and threads need Ray",
         ),
         (["model"], 2, "must name options, one a line"),
     ],

@@ -26,31 +26,32 @@ ReplicasOption = Annotated[
 ]
 
 
-def check_address(address: str, *, replicas: int) -> None:
+def check_address(address: str, *, replicas: int, shards: int = 1) -> None:
     """Refuse what `open_backend` can't serve, without importing Ray.
 
     Raises:
-        RequestError: an address of unknown form, or replicas asked for without Ray.
+        RequestError: an address of unknown form, or replicas or shards asked for without Ray.
     """
-    if address == "none" and replicas > 1:
-        raise RequestError("--replicas needs Ray; leave out --address none")
+    for option, number in (("--replicas", replicas), ("--shards", shards)):
+        if address == "none" and number > 1:
+            raise RequestError(f"{option} needs Ray; leave out --address none")
     if address not in ("local", "auto", "none") and not address.startswith("ray://"):
         raise RequestError(
             f"--address must be local, auto, ray://HOST:PORT or none, got {address!r}"
         )
 
 
-def open_backend(address: str, *, replicas: int) -> Backend:
+def open_backend(address: str, *, replicas: int, shards: int = 1) -> Backend:
     """Return the backend that an address names; it starts when it is entered.
 
     Raises:
         RequestError: see `check_address`.
     """
-    check_address(address, replicas=replicas)
+    check_address(address, replicas=replicas, shards=shards)
     if address == "none":
         from unicuco.pipeline import LocalBackend
 
         return LocalBackend()
     from cluster.driver import RayBackend
 
-    return RayBackend(address=address, replicas=replicas)
+    return RayBackend(address=address, replicas=replicas, shards=shards)

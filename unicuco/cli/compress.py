@@ -64,7 +64,7 @@ def compress(
             served_as=served_as,
             task_weights=task_weights,
         )
-        check_address(address, replicas=replicas)
+        check_address(address, replicas=replicas, shards=learning.shards)
         from unicuco.pipeline import compress as compress_model
 
         place = out.resolve()  # `.` has no name
@@ -75,7 +75,9 @@ def compress(
                 options,
                 request,
                 out,
-                backend_factory=lambda: open_backend(address, replicas=replicas),
+                backend_factory=lambda: open_backend(
+                    address, replicas=replicas, shards=learning.shards
+                ),
                 progress=progress,
             )
         terminal.show(report.to_dict(), plan_table([request], [report.plan]))

@@ -34,11 +34,11 @@ def learn(
     Afterwards [bold]plan[/bold] and [bold]prune[/bold] answer any request from the run folder.
     """
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
-        check_address(address, replicas=replicas)
+        check_address(address, replicas=replicas, shards=learning.shards)
         from unicuco.pipeline import learn as learn_run
 
         options = learning.to_domain(model, out, replicas=replicas, resume=resume)
-        backend = open_backend(address, replicas=replicas)
+        backend = open_backend(address, replicas=replicas, shards=learning.shards)
         with ProgressDisplay() as progress:
             run = learn_run(options, backend=backend, progress=progress)
         terminal.show(run_document(run), describe_run(run))

@@ -336,6 +336,7 @@ def _write(
             "evaluations": options.num_evaluations,
             "context": prepared.context,
         },
+        "backend": {"replicas": options.replicas, "shards": options.shards},
         "sparsity_range": list(prepared.search.sparsity_range),
         "evaluations": len(outcomes),
         "failed": len(outcomes) - len(ok),

@@ -34,7 +34,8 @@ class LearnOptions:
 
     ``pruner`` is a metric of the drop order, or sparsegpt, whose sites come from a level database;
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
-    are tokens per evaluation; ``context`` tokens per window (none: the model's own, at most 512);
+    are tokens per evaluation; ``shards`` are the actors that each replica's blocks are spread over;
+    ``context`` tokens per window (none: the model's own, at most 512);
     ``calibration_sampling`` how calibration windows are chosen from their text;
     ``tasks`` are names and texts that requests may weigh, each a share of every text, in place of
     ``calibration``; ``max_sparsity`` the highest sparsity over sites that is learned.
@@ -73,13 +74,10 @@ class LearnOptions:
                 "this version learns and cuts the dimension sparsity alone; "
                 "give --dimensions sparsity"
             )
-        if self.shards != 1:
-            raise RequestError(
-                f"this version keeps a model on one node: shards must be 1, got {self.shards}"
-            )
         self._check_tasks()
         _at_least("evaluations", self.num_evaluations, MIN_EVALUATIONS)
         _at_least("replicas", self.replicas, 1)
+        _at_least("shards", self.shards, 1)
         _at_least("tokens", self.tokens, 2)
         _at_least("context", 2 if self.context is None else self.context, 2)
         _at_least("seed", self.seed, 0)

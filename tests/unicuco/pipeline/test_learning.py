@@ -343,7 +343,7 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(learn_tiny: Learn, tmp_p
         ({"preset": "best"}, "preset must be one of"),
         ({"dimensions": ("sparcity",)}, "dimensions must be one of"),
         ({"dimensions": ("sparsity", "depth")}, "sparsity alone"),
-        ({"shards": 2}, "shards must be 1"),
+        ({"shards": 0}, "shards must be at least 1"),
         ({"evaluations": 3}, "evaluations must be at least 4"),
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"tokens": 1}, "tokens must be at least 2"),
