@@ -34,7 +34,7 @@ from unicuco.search import learn_network
 from unicuco.search.drive import AskTell, Pool, Progress, drive
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.stratnet import StratNet, StratNetAllocator
-from unicuco.surrogate import Intervals, Surrogate, TaskSurrogates
+from unicuco.surrogate import GaussianProcess, Intervals, Surrogate, TaskSurrogates
 from unicuco.types import Evaluation, Strategy
 
 _DATABASE: Final = "evaluations.db"
@@ -258,12 +258,19 @@ def _validate(
 def _calibrated(surrogate: Surrogate, points: Tensor, window_kl: Tensor) -> dict[str, object]:
     """Return the intervals that ``n x w`` measurements at ``n x d`` points give, task by task."""
     if not isinstance(surrogate, TaskSurrogates):
-        return asdict(Intervals.calibrate(window_kl, surrogate.posterior(points)[0]))
+        assert isinstance(surrogate, GaussianProcess), "there is no other kind"
+        return _intervals(surrogate, points, window_kl)
     parts = window_kl.chunk(len(surrogate.processes), dim=1)
     return {
-        task: asdict(Intervals.calibrate(own, process.posterior(points)[0]))
+        task: _intervals(process, points, own)
         for (task, process), own in zip(surrogate.processes.items(), parts, strict=True)
     }
+
+
+def _intervals(process: GaussianProcess, points: Tensor, window_kl: Tensor) -> dict[str, object]:
+    mean, std = process.posterior(points)
+    scale = process.deviation_scale()
+    return asdict(Intervals.calibrate(window_kl, mean, std, deviation_scale=scale))
 
 
 def _measure(

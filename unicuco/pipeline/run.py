@@ -33,7 +33,7 @@ from unicuco.surrogate import (
 from unicuco.types import ModelProfile, Plan, Request, Site
 
 MANIFEST: Final = "run.json"
-FORMAT: Final = 1
+FORMAT: Final = 2
 _CURVES: Final = ("stratnet", "uniform", "fisher")  # measured on the validation text
 _KINDS: Final = {"default": NetKind.SIZE, "paper": NetKind.PREFERENCE}
 
@@ -208,10 +208,10 @@ class Run:
         intervals = self.manifest["intervals"]
         if not self.tasks:
             surrogate = GaussianProcess.restore(options, state)
-            return TextForecast(surrogate=surrogate, intervals=Intervals(**intervals))
+            return TextForecast(surrogate=surrogate, intervals=Intervals.restore(intervals))
         return TaskForecast(
             surrogates=TaskSurrogates.restore(options, self.tasks, state),
-            intervals=tuple(Intervals(**intervals[task]) for task in self.tasks),
+            intervals=tuple(Intervals.restore(intervals[task]) for task in self.tasks),
         )
 
 

@@ -18,6 +18,7 @@ Notation: n evaluations, d axes, k directions per evaluation, q query points.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,7 @@ _DERIVATIVE_FLOOR: Final = 0.1
 _MIN_VARIANCE: Final = 1e-6  # of a derivative of nothing, so that the covariance can be factored
 _TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fifth of a log unit
 _LEARNING_RATE: Final = 0.05
+_LARGEST_SCALE: Final = 30.0  # of the deviation: beyond, the fit is worth nothing anyway
 _MAX_ROWS: Final = 1600  # of the covariance matrix: its factor takes a tenth of a second
 
 
@@ -162,6 +164,21 @@ class GaussianProcess:
             raise SurrogateError("the surrogate has not been fitted")
         mean, std = self._model.predict(points.double())
         return mean + self._mean_values(points.double()), std
+
+    def deviation_scale(self) -> float:
+        """Return what makes the deviation fit its leave-one-out errors best, as a factor.
+
+        One evaluation with all its derivatives is left out at a time (the mean function and the
+        hyperparameters have seen it). At least 1.
+        """
+        if self._model is None:
+            raise SurrogateError("the surrogate has not been fitted")
+        errors, variances, noise = self._model.left_out()
+        scales = torch.logspace(0, math.log10(_LARGEST_SCALE), 60, dtype=torch.float64)
+        own = (variances - noise).clamp(min=0.0)
+        spread = scales[:, None].square() * own + noise
+        likelihood = -0.5 * (errors.square() / spread + spread.log()).sum(1)
+        return float(scales[int(likelihood.argmax())])
 
     def state(self) -> dict[str, Tensor]:
         """Return everything `restore` needs, as named tensors."""
@@ -316,6 +333,28 @@ class _Process(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch is un
         explained = torch.linalg.solve_triangular(factor, cross.mT, upper=False)
         variance = self._scale - explained.square().sum(0)
         return cross @ weights, variance.clamp(min=1e-12).sqrt()
+
+    def left_out(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, per value row, its error and variance without its evaluation, and its noise.
+
+        The rows of one point are one evaluation. With P the inverse of the noisy covariance and B
+        the rows of an evaluation, the error of B without itself is P_BB^-1 (P y)_B, and its
+        covariance P_BB^-1 (Rasmussen and Williams 2006, section 5.4.2).
+        """
+        factor, weights = self._solved
+        inverse = torch.cholesky_inverse(factor)
+        rows = self.train_inputs[0]
+        d = (rows.shape[1] - 1) // 2
+        _, evaluation = torch.unique(rows[:, :d], dim=0, return_inverse=True)
+        places = (rows[:, -1] > 0.5).nonzero()[:, 0]
+        errors, variances = [], []
+        for place in places.tolist():
+            block = (evaluation == evaluation[place]).nonzero()[:, 0]
+            covariance = torch.linalg.inv(inverse[block][:, block])
+            own = int((block == place).nonzero())
+            errors.append(covariance[own] @ weights[block])
+            variances.append(covariance[own, own])
+        return torch.stack(errors), torch.stack(variances), self.likelihood.noise[places]
 
     @cached_property
     def _scale(self) -> Tensor:

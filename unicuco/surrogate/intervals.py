@@ -1,63 +1,185 @@
 """From what the surrogate believes of the search text to a 95% interval for fresh text.
 
-After learning, some strategies are measured on the validation text, which nothing was fitted to.
-Their log residuals give a bias and a spread; how much the KL varies from window to window of that
-text says how much a text of the same length varies as a whole. All of it, and the surrogate's own
-deviation at the point, add up to the variance of one fresh measurement, and Student's t accounts
-for how few strategies were measured.
+After learning, StratNet's answers to targets along the front are measured on the validation text,
+which nothing was fitted to. Their log residuals show where along the front the surrogate errs, and
+it errs smoothly: a Gaussian process over the predicted log KL (a constant and a squared
+exponential; amplitude, length and nugget are those of the greatest evidence on a grid) says how
+much to correct, and how sure that is. Its nugget is by how much single strategies differ from their
+neighbours. How much the KL varies from window to window of the validation text says how much a text
+of the same length varies as a whole.
 
-What it does not know: whether a fresh text really is of that kind.
+A strategy that StratNet would not answer is less certain. The surrogate's own deviation says so,
+but too small; it is multiplied by what its leave-one-out errors ask for, and counts in as far as it
+exceeds what it is on the front, where the correction was measured.
+
+Student's t accounts for how few strategies were measured. What this does not know: whether a fresh
+text really is of that kind.
+
+Notation: n measured strategies of w windows, q predictions.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
 from unicuco.surrogate.mean import EPSILON
 from unicuco.types import Prediction
 
+# Of log KL. The constant is what texts and the surrogate may differ by as a whole.
+_CONSTANT: Final = 0.3
+_AMPLITUDES: Final = (0.01, 0.03, 0.1, 0.3, 1.0)
+_LENGTHS: Final = (0.5, 1.0, 2.0, 4.0)  # nats of log KL: a front spans about seven
+_NUGGETS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Intervals:
     """A calibration of the surrogate's predictions, in log KL.
 
-    ``bias`` is what is added to the mean; ``variance`` that of one fresh measurement around it, the
-    surrogate's own not included; ``degrees`` those of freedom behind them.
+    Attributes:
+        means: the surrogate's of the ``n`` measured strategies, rising.
+        residuals: ``n``, measured minus predicted.
+        deviations: ``n``, the surrogate's own.
+        amplitude, length, nugget: of the correction; deviations, and nats of log KL.
+        text_variance: of the difference between two texts as long as the measured one.
+        deviation_scale: what the surrogate's deviation is multiplied by, >= 1.
+        degrees: of freedom behind all of it, >= 1.
     """
 
-    bias: float
-    variance: float
+    means: tuple[float, ...]
+    residuals: tuple[float, ...]
+    deviations: tuple[float, ...]
+    amplitude: float
+    length: float
+    nugget: float
+    text_variance: float
+    deviation_scale: float
     degrees: int
 
+    def __post_init__(self) -> None:
+        n = len(self.means)
+        if n < 2 or len(self.residuals) != n or len(self.deviations) != n:
+            raise ValueError(f"{n} means need as many residuals and deviations, two at least")
+
     @classmethod
-    def calibrate(cls, window_kl: Tensor, mean: Tensor) -> Intervals:
+    def calibrate(
+        cls, window_kl: Tensor, mean: Tensor, std: Tensor, *, deviation_scale: float = 1.0
+    ) -> Intervals:
         """Calibrate on validation measurements.
 
         Args:
             window_kl: ``n x w`` KL of n >= 3 strategies on each of w windows, nats per token.
             mean: ``n`` the surrogate's mean log (KL + EPSILON) of the same strategies.
+            std: ``n`` its deviations there.
+            deviation_scale: see the class; `GaussianProcess.deviation_scale`.
         """
         n, w = window_kl.shape
-        kl = window_kl.mean(1)
-        residuals = (kl + EPSILON).log() - mean
-        relative = (window_kl / kl[:, None].clamp(min=EPSILON)).mean(
-            0
-        )  # how hard each window is, on average 1
-        text_variance = float(relative.var()) / w if w > 1 else 0.0
-        # Twice: the validation text is one such draw, and so is the fresh one.
-        variance = float(residuals.var()) * (1 + 1 / n) + 2 * text_variance
-        return cls(bias=float(residuals.mean()), variance=variance, degrees=n - 1)
+        kl = window_kl.double().mean(1)
+        order = mean.argsort()
+        # How hard each window is, on average 1; a text is as hard as its windows together.
+        hardness = (window_kl / kl[:, None].clamp(min=EPSILON)).mean(0)
+        text_variance = 2 * float(hardness.var()) / w if w > 1 else 0.0
+        means = mean[order].double().numpy()
+        residuals = ((kl + EPSILON).log() - mean)[order].numpy()
+        amplitude, length, nugget = max(
+            itertools.product(_AMPLITUDES, _LENGTHS, _NUGGETS),
+            key=lambda shape: _log_evidence(means, residuals, *shape),
+        )
+        return cls(
+            means=tuple(means.tolist()),
+            residuals=tuple(residuals.tolist()),
+            deviations=tuple(std[order].double().tolist()),
+            amplitude=amplitude,
+            length=length,
+            nugget=nugget,
+            text_variance=text_variance,
+            deviation_scale=max(1.0, deviation_scale),
+            degrees=n - 1,
+        )
+
+    @classmethod
+    def restore(cls, document: Mapping[str, Any]) -> Intervals:
+        """Return what `dataclasses.asdict` made of one, also after JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        fields = dict(document)
+        for name in ("means", "residuals", "deviations"):
+            fields[name] = tuple(map(float, fields[name]))
+        return cls(**fields)
 
     def predict(self, mean: Tensor, std: Tensor) -> list[Prediction]:
         """Return the predictions for ``q`` means and deviations of log (KL + EPSILON)."""
-        centre = mean + self.bias
-        reach = float(stats.t.ppf(0.975, self.degrees)) * (self.variance + std.square()).sqrt()
-        low, middle, high = (
-            (x.exp() - EPSILON).clamp(min=0) for x in (centre - reach, centre, centre + reach)
+        return predictions(*self.corrected(mean, std), degrees=self.degrees)
+
+    def corrected(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return centre and variance, ``q`` each, of the log (KL + EPSILON) of a fresh text."""
+        x = mean.double().numpy()
+        cross = _covariance(x, np.array(self.means), self.amplitude, self.length)  # (q, n)
+        factor, weights = self._solved
+        explained = np.linalg.solve(factor, cross.T)
+        unsure = _CONSTANT**2 + self.amplitude**2 - np.square(explained).sum(0)
+        right = np.searchsorted(self.means, x).clip(1, len(self.means) - 1)
+        known = np.array(self.deviations)
+        on_front = np.maximum(known[right - 1], known[right])  # of the neighbours on the front
+        beyond = np.square(std.double().numpy()) - np.square(on_front)
+        variance = (
+            unsure.clip(min=0.0)
+            + self.nugget**2
+            + self.text_variance
+            + self.deviation_scale**2 * beyond.clip(min=0.0)
         )
-        rows = torch.stack([low, middle, high], dim=-1).tolist()
-        return [Prediction(mean=m, lo95=lo, hi95=hi) for lo, m, hi in rows]
+        return torch.from_numpy(x + cross @ weights), torch.from_numpy(variance)
+
+    @cached_property
+    def _solved(self) -> tuple[Floats, Floats]:
+        """The Cholesky factor of the residuals' covariance, and its inverse times them."""
+        return _solve(
+            np.array(self.means), np.array(self.residuals), self.amplitude, self.length, self.nugget
+        )
+
+
+def predictions(centre: Tensor, variance: Tensor, *, degrees: int) -> list[Prediction]:
+    """Return predictions with intervals of Student's t around ``q`` log (KL + EPSILON)."""
+    reach = float(stats.t.ppf(0.975, degrees)) * variance.sqrt()
+    low, middle, high = (
+        (x.exp() - EPSILON).clamp(min=0) for x in (centre - reach, centre, centre + reach)
+    )
+    rows = torch.stack([low, middle, high], dim=-1).tolist()
+    return [Prediction(mean=m, lo95=lo, hi95=hi) for lo, m, hi in rows]
+
+
+def _covariance(x: Floats, y: Floats, amplitude: float, length: float) -> Floats:
+    """Return the ``q x n`` covariance of the correction at two sets of predicted log KL."""
+    apart = (x[:, None] - y[None, :]) / length
+    kernel: Floats = _CONSTANT**2 + amplitude**2 * np.exp(-0.5 * np.square(apart))
+    return kernel
+
+
+def _solve(
+    x: Floats, residuals: Floats, amplitude: float, length: float, nugget: float
+) -> tuple[Floats, Floats]:
+    covariance = _covariance(x, x, amplitude, length) + nugget**2 * np.eye(len(x))
+    factor: Floats = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
+    weights: Floats = np.linalg.solve(factor.T, np.linalg.solve(factor, residuals))
+    return factor, weights
+
+
+def _log_evidence(
+    x: Floats, residuals: Floats, amplitude: float, length: float, nugget: float
+) -> float:
+    factor, weights = _solve(x, residuals, amplitude, length, nugget)
+    return float(-0.5 * residuals @ weights - np.log(np.diag(factor)).sum())

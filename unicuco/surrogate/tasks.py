@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unicuco.surrogate.gp import GaussianProcess, SurrogateOptions
-from unicuco.surrogate.intervals import Intervals
+from unicuco.surrogate.intervals import Intervals, predictions
 from unicuco.types import Prediction
 
 
@@ -122,9 +122,9 @@ class TaskForecast:
             weights = torch.full((len(points), k), 1 / k, dtype=torch.float64)
         with torch.no_grad():
             mean, std = self.surrogates.posteriors(points)
-        bias = torch.tensor([i.bias for i in self.intervals], dtype=torch.float64)
-        variance = torch.tensor([i.variance for i in self.intervals], dtype=torch.float64)
-        centre, shares = combine(mean + bias[:, None], weights)
-        spread = (shares * (variance[:, None] + std.square()).sqrt()).sum(0)
+        corrected = [i.corrected(m, s) for i, m, s in zip(self.intervals, mean, std, strict=True)]
+        centre, shares = combine(torch.stack([centre for centre, _ in corrected]), weights)
+        own = torch.stack([variance for _, variance in corrected])
+        spread = (shares * own.sqrt()).sum(0)
         degrees = min(interval.degrees for interval in self.intervals)
-        return Intervals(bias=0.0, variance=0.0, degrees=degrees).predict(centre, spread)
+        return predictions(centre, spread.square(), degrees=degrees)

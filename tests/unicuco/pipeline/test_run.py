@@ -53,7 +53,7 @@ def test_an_altered_or_missing_file_is_refused(copy: Path, name: str) -> None:
         Run.open(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "nonsense", '{"format": 1}', '{"format": null}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "nonsense", '{"format": 2}', '{"format": null}'])
 def test_a_damaged_manifest_is_refused_in_one_line(copy: Path, text: str) -> None:
     (copy / "run.json").write_text(text)
     with pytest.raises(RunError) as caught:
@@ -72,6 +72,7 @@ def test_a_damaged_manifest_is_refused_in_one_line(copy: Path, text: str) -> Non
         ("options", {"dimensions": ["sparsity"], "granularity": "block", "preset": "default"}),
         ("options", {"dimensions": ["sparsity"], "granularity": "layer", "preset": "best"}),
         ("intervals", {"bias": 0.0}),
+        ("intervals", {"means": [], "residuals": [], "deviations": []}),
         ("validation", {}),
         ("seed", "first"),
         ("base_model", 3),
@@ -91,8 +92,8 @@ def test_a_manifest_with_a_wrong_field_is_refused_in_one_line(
 
 def test_a_run_of_another_format_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(RunError, match="format 2; this version reads 1"):
+    (copy / "run.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(RunError, match="format 1; this version reads 2"):
         Run.open(copy)
 
 

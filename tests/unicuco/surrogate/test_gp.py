@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from unicuco.allocate import AxisCurves
 from unicuco.errors import SurrogateError
 from unicuco.surrogate import EPSILON, GaussianProcess, Observations, SurrogateOptions
-from unicuco.surrogate.gp import _Process
+from unicuco.surrogate.gp import _Process, _Rows
 
 D = 5
 WEIGHTS = torch.tensor([0.3, 1.0, 0.1, 0.6, 0.2], dtype=torch.float64)
@@ -87,6 +88,40 @@ def test_it_interpolates_what_was_measured(build: Build) -> None:
 def test_it_foretells_what_was_not_measured(build: Build) -> None:
     spread = float((truth(fresh_points()) + EPSILON).log().std())
     assert error(fitted(build)) < 0.5 * spread
+
+
+@modes
+def test_left_out_errors_are_those_of_a_process_that_never_saw_the_evaluation(build: Build) -> None:
+    process = fitted(build)._model
+    assert process is not None
+    rows, targets, noise = (
+        process.train_inputs[0],
+        process.train_targets,
+        process.likelihood.noise,
+    )
+    errors, variances, noises = process.left_out()
+    for number in (0, 5, 13):  # values come first
+        point = rows[number, :D]
+        others = (rows[:, :D] != point).any(1)
+        without = _Process(_Rows(rows[others], targets[others], noise[others]))
+        without.load_state_dict(process.state_dict(), strict=False)
+        without.fit(0)
+        mean, std = without.predict(point[None])
+        assert float(targets[number] - mean) == pytest.approx(float(errors[number]), abs=1e-6)
+        expected = float(std.square() + noise[number])
+        assert float(variances[number]) == pytest.approx(expected, rel=1e-5)
+        assert float(noises[number]) == float(noise[number])
+
+
+def test_the_deviation_is_scaled_by_what_is_left_out_and_never_down() -> None:
+    smooth = fitted(MODES["derivatives on curves"])
+    assert 1.0 <= smooth.deviation_scale() < 4.0
+    rough = make(use_curves=False, directions=4)
+    observations = observe(14, 1, derivatives=True)
+    generator = torch.Generator().manual_seed(0)
+    wrinkles = 0.5 * torch.randn(14, generator=generator, dtype=torch.float64)
+    rough.fit(replace(observations, values=observations.values + wrinkles))
+    assert rough.deviation_scale() > smooth.deviation_scale()
 
 
 @modes
