@@ -112,6 +112,7 @@ def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:
     local = LocalEvaluator(bench.prepared.evaluator, bench.search_arrays)
     ratios: list[float] = []
     overheads: list[float] = []
+    extra_ms: list[float] = []
     with RayBackend(replicas=1) as one, RayBackend(replicas=2) as two:
         pools = []
         for backend in (one, two):
@@ -134,10 +135,12 @@ def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:
                 seconds.append(time.perf_counter() - started)
             ratios.append(seconds[0] / seconds[1])
             overheads.append(seconds[0] / in_process)
+            extra_ms.append(1000 * (seconds[0] - in_process) / len(asks))
             print(f"in-process {in_process:.2f} s, one {seconds[0]:.2f}, two {seconds[1]:.2f}")
     return {
         "two_replicas_speedup": statistics.median(ratios[1:]),
         "ray_over_in_process": statistics.median(overheads[1:]),
+        "ray_extra_ms": statistics.median(extra_ms[1:]),
     }
 
 

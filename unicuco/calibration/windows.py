@@ -130,14 +130,33 @@ def collect_input_norms(
     """Run the text through the model and measure every site's inputs, in one pass over ``tokens``.
 
     Returns:
-        Site path to ``i`` float32: the L2 norm of each input column over all tokens, summed in
-        float64.
+        As `measure_input_norms`.
 
     Raises:
         ModelError: a token lies outside the vocabulary, a site's inputs are NaN or infinite, or a
             site never ran.
     """
-    _check_vocabulary(profile, tokens)
+    check_vocabulary(profile, tokens)
+
+    def run() -> None:
+        for batch in tokens.batches():
+            model(input_ids=batch.to(model.device), use_cache=False)
+
+    return measure_input_norms(model, profile, run)
+
+
+def measure_input_norms(
+    model: PreTrainedModel, profile: ModelProfile, run: Callable[[], None]
+) -> dict[str, Tensor]:
+    """Measure the inputs of a profile's sites, which may be some of the model's, inside ``run``.
+
+    Returns:
+        Site path to ``i`` float32: the L2 norm of each input column over all tokens, summed in
+        float64.
+
+    Raises:
+        ModelError: a site's inputs are NaN or infinite, or a site never ran.
+    """
     sums: dict[str, Tensor] = {}
 
     def observe(site: Site, inputs: Tensor) -> None:
@@ -145,8 +164,7 @@ def collect_input_norms(
         sums[site.path] = sums[site.path] + total if site.path in sums else total
 
     with watch_inputs(model, profile, observe):
-        for batch in tokens.batches():
-            model(input_ids=batch.to(model.device), use_cache=False)
+        run()
     norms: dict[str, Tensor] = {}
     for site in profile.sites:
         if site.path not in sums:
@@ -177,7 +195,12 @@ def watch_inputs(
         yield
 
 
-def _check_vocabulary(profile: ModelProfile, tokens: TokenSet) -> None:
+def check_vocabulary(profile: ModelProfile, tokens: TokenSet) -> None:
+    """Refuse tokens that the model does not know.
+
+    Raises:
+        ModelError: the line says which.
+    """
     highest = int(tokens.ids.max())
     if highest >= profile.vocabulary_size:
         raise ModelError(

@@ -44,18 +44,33 @@ def fisher_rank_sums(
     Returns:
         Site path -> ``i`` float64 sums, index = rank within the row, in nats per token.
     """
-    diagonals = {site.path: torch.zeros(site.num_rows, site.num_columns) for site in profile.sites}
     generator = torch.Generator().manual_seed(seed)
-    with _collecting(model, profile, diagonals):
+
+    def run() -> None:
         for window in tokens.ids.split(1):
             backward_of_own_labels(model, window, generator)
+
+    return measure_rank_sums(model, profile, ranks, tokens.num_tokens, run)
+
+
+def measure_rank_sums(
+    model: nn.Module,
+    profile: ModelProfile,
+    ranks: Mapping[str, Tensor],
+    num_tokens: int,
+    run: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Sum w^2 F / 2 over the rows of a profile's sites while ``run`` goes there and back.
+
+    The gradients must be those of the summed loss of labels drawn from the model (`own_label_loss`)
+    over ``num_tokens`` tokens. Returns what `fisher_rank_sums` does.
+    """
+    diagonals = {site.path: torch.zeros(site.num_rows, site.num_columns) for site in profile.sites}
+    with _collecting(model, profile, diagonals):
+        run()
     sums: dict[str, Tensor] = {}
     for site in profile.sites:
-        effect = (
-            read_site(model, site).float().square()
-            * diagonals[site.path]
-            / (2 * tokens.ids.numel())
-        )
+        effect = read_site(model, site).float().square() * diagonals[site.path] / (2 * num_tokens)
         rank = ranks[site.path].long()
         sums[site.path] = torch.zeros(site.num_columns, dtype=torch.float64).scatter_add_(
             0, rank.flatten(), effect.double().flatten()
@@ -78,11 +93,16 @@ def backward_of_own_labels(model: nn.Module, window: Tensor, generator: torch.Ge
         # The embeddings get a gradient so that the graph reaches every site though all weights are
         # frozen.
         embedded = model.get_input_embeddings()(window).detach().requires_grad_(True)  # type: ignore[operator]
-        logits = model(inputs_embeds=embedded).logits[0].float()  # (t, v)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        own_label_loss(model(inputs_embeds=embedded).logits[0], generator).backward()
     gradient: Tensor = embedded.grad[0]
     return gradient
+
+
+def own_label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the summed loss of labels drawn from ``t x v`` logits themselves."""
+    logits = logits.float()
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 @contextmanager

@@ -123,6 +123,20 @@ def build_skeleton(
         parsed = AutoConfig.for_model(model_type, **fields)
     except Exception as error:
         raise ModelError(f"the configuration can't be used: {_first_line(error)}") from error
+    return _build(parsed, dtype=dtype, on_meta=on_meta)
+
+
+def build_on_meta(folder: Path) -> PreTrainedModel:
+    """Build the model of a folder as `build_skeleton` does, without memory for its parameters.
+
+    Raises:
+        ModelError: no usable model is there.
+    """
+    check_model_folder(folder)
+    return _build(_load_config(folder), dtype=torch.float32, on_meta=True)
+
+
+def _build(parsed: PreTrainedConfig, *, dtype: torch.dtype, on_meta: bool) -> PreTrainedModel:
     auto = _auto_class(parsed, "this configuration")
     # Untouched memory is not backed by pages: a skeleton costs no memory until weights are set.
     place = _parameters_on_meta() if on_meta else nullcontext()

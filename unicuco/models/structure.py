@@ -44,9 +44,9 @@ def profile_model(model: PreTrainedModel, *, digest: str) -> ModelProfile:
     """
     name = type(model).__name__
     vocabulary_size = _declared_vocabulary(model)
-    first, second = _probe_tokens(vocabulary_size, min(_PROBE_TOKENS, _max_context(model)))
+    first, second = probe_tokens(vocabulary_size, _max_context(model))
     ran, logits = _run(model, first)
-    _check_causal(model, logits, _run(model, second)[1])
+    check_causal(model, logits, _run(model, second)[1])
     path = _block_list(model, ran)
     blocks = list(cast(nn.ModuleList, model.get_submodule(path)))
     outside = _outside_weights(model, path)
@@ -84,7 +84,9 @@ def _max_context(model: PreTrainedModel) -> int:
     return _UNSTATED_CONTEXT
 
 
-def _probe_tokens(vocabulary_size: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+def probe_tokens(vocabulary_size: int, max_context: int) -> tuple[Tensor, Tensor]:
+    """Return two windows, ``1 x t`` of at most 8 tokens, that differ in their last token alone."""
+    num_tokens = min(_PROBE_TOKENS, max_context)
     # Spread over the vocabulary, and away from its ends, where special tokens (images, padding)
     # live.
     steps = torch.arange(1, num_tokens + 1)
@@ -119,7 +121,12 @@ def _run(model: PreTrainedModel, ids: Tensor) -> tuple[set[str], Tensor]:
     return ran, logits[0].float()
 
 
-def _check_causal(model: PreTrainedModel, first: Tensor, second: Tensor) -> None:
+def check_causal(model: PreTrainedModel, first: Tensor, second: Tensor) -> None:
+    """Refuse a model that predicted ``t x v`` otherwise before the token that two probes differ in.
+
+    Raises:
+        ModelError: it is no causal one, or predicts NaN.
+    """
     if not bool(torch.isfinite(first).all() & torch.isfinite(second).all()):
         raise ModelError(
             f"{type(model).__name__} predicts NaN or infinity; its weights or its dtype are broken"

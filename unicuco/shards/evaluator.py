@@ -36,7 +36,9 @@ from unicuco.evaluate.measure import (
     windows_of,
 )
 from unicuco.evaluate.sites import SiteWeights
+from unicuco.models.reading import TensorReader
 from unicuco.shards.plan import ShardPlan, hidden_size
+from unicuco.shards.skeleton import Skeleton
 from unicuco.shards.stage import Drops, Stage
 from unicuco.types import Ask, Evaluation, Strategy
 
@@ -92,9 +94,9 @@ class StageEvaluator:
         self._cost = build_cost(evaluator.profile, evaluator.dimensions, evaluator.granularity)
         tensors = unpack(arrays)
         self._ids = tensors["text/ids"]
-        self.stage = Stage(
-            evaluator.model_config, evaluator.profile, config.blocks, Path(evaluator.folder)
-        )
+        skeleton = Skeleton(evaluator.model_config, evaluator.profile)
+        reader = TensorReader(Path(evaluator.folder), skeleton.model)
+        self.stage = Stage(skeleton, config.blocks, reader)
         self.stage.use(
             SiteWeights(
                 self.stage.dense,

@@ -83,14 +83,16 @@ class Skeleton:
         self._calls: dict[int, list[_Call]] = {}
 
     def place(self, name: str, tensor: Tensor) -> None:
-        """Make a tensor the parameter or buffer of a name, and of all names that share it."""
-        for alias in self.aliases.get(name, (name,)):
+        """Make a tensor the parameter of a name, and of all names that share it."""
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for alias in self.aliases[name]:
             path, _, own = alias.rpartition(".")
-            module = self.model.get_submodule(path)
-            if own in module._buffers:
-                module._buffers[own] = tensor
-            else:
-                module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+            self.model.get_submodule(path)._parameters[own] = parameter
+
+    def place_buffer(self, name: str, tensor: Tensor) -> None:
+        """Make a tensor the buffer of a name."""
+        path, _, own = name.rpartition(".")
+        self.model.get_submodule(path)._buffers[own] = tensor
 
     @torch.no_grad()
     def embed(self, window: Tensor) -> Tensor:

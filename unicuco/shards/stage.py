@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,27 +37,39 @@ class Stage:
     """One range of blocks.
 
     Args:
-        model_config: the model's configuration as JSON.
-        profile: the whole model's.
+        skeleton: of the model; stages may share it one after the other (`close`).
         blocks: the range, not empty.
-        folder: the model's.
+        reader: of the model's folder.
 
     Raises:
         ModelError: a tensor is missing, broken or shared between stages, or the family can't be
             taken apart.
     """
 
-    def __init__(
-        self, model_config: str, profile: ModelProfile, blocks: range, folder: Path
-    ) -> None:
+    def __init__(self, skeleton: Skeleton, blocks: range, reader: TensorReader) -> None:
         self.blocks = blocks
-        self.skeleton = Skeleton(model_config, profile)
+        self.skeleton = skeleton
+        profile = skeleton.profile
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == profile.num_blocks
         self.sites = tuple(site for site in profile.sites if site.block in blocks)
-        self.dense = self._read(profile, TensorReader(folder, self.skeleton.model))
         self._weights: SiteWeights | None = None
         self._buffers: dict[tuple[int, torch.Size], Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
+        self.dense = self._read(profile, reader)
+
+    def close(self) -> None:
+        """Give the stage's memory back and leave the skeleton as it was."""
+        for name, empty in self._replaced.items():
+            self.skeleton.place(name, empty)
+        self._replaced.clear()
+        self._buffers.clear()
+        self.dense.clear()
+
+    @property
+    def outer_bytes(self) -> int:
+        """Memory of all that is the stage's besides its sites' matrices."""
+        return sum(p.nbytes for p in self.skeleton.model.parameters() if _has_memory(p))
 
     def use(self, weights: SiteWeights) -> None:
         """Take what blocks are cut from; until then only the dense blocks can run."""
@@ -106,8 +117,8 @@ class Stage:
             groups: windows whose slopes are told apart.
 
         Returns:
-            The gradient with respect to what the first of the blocks received (of no meaning for a
-            first stage), and each group's slope by site path.
+            The gradient with respect to what the first of the blocks received, and each group's
+            slope by site path.
         """
         gradient = gradient.clone()
         slopes: list[dict[str, float]] = [{} for _ in groups]
@@ -119,20 +130,27 @@ class Stage:
                         weight.requires_grad_(True)
                         weight.grad = None
                     for window in group:
-                        self._back_through(block, hidden, gradient, window)
+                        self.back_through(block, hidden, gradient, window)
                     for site in sites:
                         own[site.path] = self._slope(site, drops[site.path])
         return gradient, slopes
 
-    def _back_through(self, block: int, hidden: Tensor, gradient: Tensor, window: int) -> None:
-        """Run a block over one window and put the gradient of what it received into its place."""
+    def back_through(self, block: int, hidden: Tensor, gradient: Tensor, window: int) -> None:
+        """Run a block, whose matrices are in place, over one window and go back through it.
+
+        Args:
+            block: of the range.
+            hidden: ``n x t x h`` that it received.
+            gradient: ``n x t x h`` with respect to its output; the window's becomes that with
+                respect to what it received.
+            window: which.
+        """
         place = slice(window, window + 1)
-        wants = not (self.is_first and block == self.blocks.start)
         with torch.enable_grad():
-            start = hidden[place].detach().requires_grad_(wants)
+            start = hidden[place].detach().requires_grad_(True)
             self.skeleton.run_block(block, start).backward(gradient[place])
-        if start.grad is not None:
-            gradient[place] = start.grad
+        assert start.grad is not None, "every block's output depends on what it receives"
+        gradient[place] = start.grad
 
     def _slope(self, site: Site, num_dropped: int) -> float:
         assert self._weights is not None, "slopes are of strategies"
@@ -184,10 +202,12 @@ class Stage:
             if name in sites:
                 dense[sites[name]] = tensor
             else:
+                self._replaced[name] = skeleton.model.get_parameter(name).detach()
                 skeleton.place(name, tensor.float())
         for name, buffer in skeleton.model.named_buffers():
             if self._is_own_block(name, profile) and reader.holds(name):
-                skeleton.place(name, reader.read([name], buffer.shape).to(buffer.dtype))
+                own = reader.read([name], buffer.shape).to(buffer.dtype)
+                skeleton.place_buffer(name, own)
         return dense
 
     def _own_parameters(self, profile: ModelProfile) -> list[str]:
@@ -206,3 +226,8 @@ class Stage:
 
     def _is_own_block(self, name: str, profile: ModelProfile) -> bool:
         return any(name.startswith(f"{profile.block_paths[block]}.") for block in self.blocks)
+
+
+def _has_memory(parameter: Tensor) -> bool:
+    """Say whether a parameter is neither a ghost nor without memory at all."""
+    return not parameter.is_meta and parameter.untyped_storage().nbytes() >= parameter.nbytes
