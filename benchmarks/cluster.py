@@ -32,7 +32,7 @@ from unicuco.evaluate import EvaluatorConfig
 from unicuco.models import quiet_transformers
 from unicuco.shards.evaluator import Relay, ShardedEvaluator, StageConfig, StageEvaluator
 from unicuco.shards.plan import estimated_costs, hidden_size, plan_shards
-from unicuco.shards.profile import profile_folder
+from unicuco.shards.profile import load_ghost
 from unicuco.shards.timing import measured_costs
 from unicuco.types import Ask, ModelProfile, Strategy
 
@@ -143,7 +143,7 @@ def _memory(values: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_random_model(folder, values.hidden, values.blocks)
-        _, profile = profile_folder(folder)
+        profile = load_ghost(folder).profile
         figures["weights of the random model, M"] = profile.total_params / 1e6
         for shards in range(1, 5):
             plan = plan_shards(estimated_costs(profile), shards)
@@ -169,7 +169,8 @@ def _in_own_process(stage: list[object]) -> dict[str, Any]:
 def _stage_memory(stage: Sequence[Any]) -> dict[str, object]:
     """Build one stage, take a strategy through it and back, and say what this process holds."""
     folder, blocks = Path(stage[0]), range(stage[1], stage[2])
-    config_json, profile = profile_folder(folder)
+    ghost = load_ghost(folder)
+    profile = ghost.profile
     torch.ones(64, 64) @ torch.ones(64, 64)  # what the library itself holds is not the shard's
     process = psutil.Process()
     before = process.memory_info().rss
@@ -186,7 +187,7 @@ def _stage_memory(stage: Sequence[Any]) -> dict[str, object]:
         arrays["text/indices"] = np.tile(np.arange(k, dtype=np.int32), (256, 1))
         arrays["text/negative_entropy"] = np.zeros(256, dtype=np.float32)
     evaluator = EvaluatorConfig(
-        model_config=config_json,
+        model_config=ghost.model.config.to_json_string(),
         profile=profile,
         dimensions=("sparsity",),
         granularity=Granularity.BLOCK,

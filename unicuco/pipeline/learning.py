@@ -22,9 +22,9 @@ from torch import Tensor
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RunError, StorageError, UnicucoError
-from unicuco.evaluate import LocalEvaluator
 from unicuco.levels import LevelDatabase
 from unicuco.pipeline.backend import Backend
+from unicuco.pipeline.dense import JudgeWindows
 from unicuco.pipeline.files import file_digest, save_json, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.pictures import draw_front, draw_strategies
@@ -228,7 +228,7 @@ def _validate(
     space = prepared.space
     text = prepared.texts.validation
     started = time.perf_counter()
-    evaluator = LocalEvaluator(*prepared.judging(text))
+    judge = prepared.judge(text)
     _record_dense("validation", text, store, time.perf_counter() - started)
     low, high = prepared.search.sparsity_range
     targets = torch.linspace(low + 0.1, high, _VALIDATION_POINTS, dtype=torch.float64).tolist()
@@ -246,7 +246,7 @@ def _validate(
             (name, sparsity, strategy)
             for sparsity, strategy in zip(rivals, strategies, strict=True)
         ]
-    windows = _measure(evaluator, asked, text.num_tokens, text.digest, store, progress)
+    windows = _measure(judge, asked, text.num_tokens, text.digest, store, progress)
     curves: dict[str, list[tuple[float, float]]] = {"stratnet": [], "uniform": [], "fisher": []}
     for (name, sparsity, _), kl in zip(asked, windows, strict=True):
         curves[name].append((sparsity, float(kl.mean())))
@@ -274,7 +274,7 @@ def _intervals(process: GaussianProcess, points: Tensor, window_kl: Tensor) -> d
 
 
 def _measure(
-    evaluator: LocalEvaluator,
+    judge: JudgeWindows,
     asked: Sequence[tuple[str, float, Strategy]],
     tokens: int,
     digest: str,
@@ -282,10 +282,11 @@ def _measure(
     progress: ProgressSink,
 ) -> list[Tensor]:
     windows: list[Tensor] = []
+    started = time.perf_counter()
+    judged = judge([strategy for _, _, strategy in asked])
     for number, (name, _, strategy) in enumerate(asked):
         progress(Progress(stage="validate", done=number, total=len(asked)))
-        started = time.perf_counter()
-        windows.append(evaluator.window_kl(strategy))
+        windows.append(next(judged))
         store.record_measurements(
             [
                 Measurement(
@@ -299,6 +300,7 @@ def _measure(
                 )
             ]
         )
+        started = time.perf_counter()
     progress(Progress(stage="validate", done=len(asked), total=len(asked)))
     return windows
 

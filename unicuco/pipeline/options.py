@@ -74,6 +74,12 @@ class LearnOptions:
                 "this version learns and cuts the dimension sparsity alone; "
                 "give --dimensions sparsity"
             )
+        if self.shards > 1 and self.has_levels:
+            raise RequestError(
+                f"pruner {self.pruner} builds levels of whole models: shards must be 1"
+            )
+        if self.shards > 1 and self.calibration_sampling != Sampling.EVEN:
+            raise RequestError("clustered sampling embeds text by a whole model: shards must be 1")
         self._check_tasks()
         _at_least("evaluations", self.num_evaluations, MIN_EVALUATIONS)
         _at_least("replicas", self.replicas, 1)

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
-from unicuco.calibration import Sampling, TokenSet, collect_input_norms, sample_clustered
+from unicuco.calibration import Sampling, TokenSet, sample_clustered
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import RunError
-from unicuco.evaluate import EvaluatorConfig, dense_reference
-from unicuco.evaluate.arrays import Arrays, pack_model, pack_text
+from unicuco.evaluate import EvaluatorConfig
+from unicuco.evaluate.arrays import Arrays, pack_model
 from unicuco.importance import METRICS
-from unicuco.importance.fisher import fisher_rank_sums
-from unicuco.models import LoadedModel, load_model, load_tokenizer
+from unicuco.models import LoadedModel, load_tokenizer
 from unicuco.pipeline import levelling
 from unicuco.pipeline.backend import Backend
+from unicuco.pipeline.dense import DenseModel, JudgeWindows, open_dense, pack_dense_text
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.texts import (
@@ -39,7 +39,7 @@ from unicuco.pipeline.texts import (
     task_texts,
     window_length,
 )
-from unicuco.ranks import RankStore, build_ranks
+from unicuco.ranks import RankStore
 from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
 from unicuco.shards.plan import check_shards
@@ -63,7 +63,7 @@ _FISHER_UNITS: Final = 3.0  # a forward and a backward pass
 class Prepared:
     """A model ready to be learned."""
 
-    loaded: LoadedModel
+    dense: DenseModel
     texts: LearningTexts
     source: LearningSource
     ranks: RankStore
@@ -75,22 +75,31 @@ class Prepared:
     levels: levelling.Levels | None = None
 
     @property
+    def loaded(self) -> LoadedModel:
+        """The model; its weights only where it is whole."""
+        return self.dense.loaded
+
+    @property
     def space(self) -> StrategySpace:
         """The strategy space."""
         return self.search.space()
 
     def model_arrays(self) -> Arrays:
         """Return the model's arrays for evaluators."""
-        return pack_model(dict(_state(self.loaded)), self.ranks.ranks, self.fisher)
+        return pack_model(self.dense.state(), self.ranks.ranks, self.fisher)
 
     def text_arrays(self, text: TokenSet) -> Arrays:
         """Return a text's arrays for evaluators; runs the dense model once over it."""
-        return pack_text(text.ids, dense_reference(self.loaded.model, text.ids))
+        return pack_dense_text(self.dense, text)
 
     def judging(self, text: TokenSet) -> tuple[EvaluatorConfig, Arrays]:
         """Return what evaluators on a text are made of; runs the dense model once over it."""
         arrays = {**self.model_arrays(), **self.text_arrays(text)}
         return replace(self.evaluator, text_digest=text.digest), arrays
+
+    def judge(self, text: TokenSet) -> JudgeWindows:
+        """Return what judges strategies on a text in this process; runs the dense model once."""
+        return self.dense.judge(*self.judging(text))
 
     def sampled_search_text(self, seed: int) -> tuple[TokenSet, Measurement]:
         """Draw as many windows as the search text has, by clusters, from all that it could have."""
@@ -110,7 +119,7 @@ def build_levels(
     levelling.build(
         prepared.levels,
         prepared.evaluator.model_config,
-        _state(prepared.loaded),
+        prepared.dense.state(),
         prepared.texts.calibration,
         prepared.texts.search.num_tokens,
         backend=backend,
@@ -156,7 +165,18 @@ def prepare(
         StorageError: the disk hasn't room for the levels.
     """
     progress(Progress(stage="load", done=0, total=1, detail=options.model))
-    loaded = load_model(options.model)
+    with open_dense(options.model, folder, whole=options.shards == 1) as dense:
+        return _prepare(options, folder, dense, progress, check)
+
+
+def _prepare(
+    options: LearnOptions,
+    folder: Path,
+    dense: DenseModel,
+    progress: ProgressSink,
+    check: Callable[[str, str], None],
+) -> Prepared:
+    loaded = dense.loaded
     check_shards(options.shards, loaded.profile.num_blocks)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
@@ -180,10 +200,10 @@ def prepare(
     if levels is not None:
         levelling.announce(levels, progress)
         levels.check_room()
-    ranks = _ranks(options, folder, loaded, texts, costs, progress)
-    fisher = _fisher(options, folder, loaded, texts, ranks, costs, progress)
+    ranks = _ranks(options, folder, dense, texts, costs, progress)
+    fisher = _fisher(options, folder, dense, texts, ranks, costs, progress)
     return Prepared(
-        loaded=loaded,
+        dense=dense,
         texts=texts,
         source=source,
         ranks=ranks,
@@ -278,7 +298,7 @@ def _clustered(
 def _ranks(
     options: LearnOptions,
     folder: Path,
-    loaded: LoadedModel,
+    dense: DenseModel,
     texts: LearningTexts,
     costs: list[Measurement],
     progress: ProgressSink,
@@ -288,19 +308,19 @@ def _ranks(
     progress(Progress(stage="rank", done=0, total=1, detail=options.metric))
 
     def build() -> RankStore:
-        norms = collect_input_norms(loaded.model, loaded.profile, texts.calibration)
-        return build_ranks(loaded.model, loaded.profile, METRICS[options.metric], norms)
+        return dense.build_ranks(METRICS[options.metric], texts.calibration)
 
     ranks = _counted(build, "calibration", 1.0, texts, costs)
     ranks.save(folder / "ranks")
     progress(Progress(stage="rank", done=1, total=1))
-    return ranks
+    # The files are mapped: what nobody looks at takes no memory.
+    return ranks if options.shards == 1 else RankStore.load(folder / "ranks")
 
 
 def _fisher(
     options: LearnOptions,
     folder: Path,
-    loaded: LoadedModel,
+    dense: DenseModel,
     texts: LearningTexts,
     ranks: RankStore,
     costs: list[Measurement],
@@ -308,14 +328,12 @@ def _fisher(
 ) -> dict[str, Tensor]:
     path = folder / "fisher.safetensors"
     if options.resume and path.is_file():
-        return _checked(path, load_tensors(path), loaded.profile)
+        return _checked(path, load_tensors(path), dense.loaded.profile)
     progress(Progress(stage="fisher", done=0, total=1))
 
     def build() -> dict[str, Tensor]:
         def sums(windows: TokenSet) -> dict[str, Tensor]:
-            return fisher_rank_sums(
-                loaded.model, loaded.profile, ranks.ranks, windows, seed=options.seed
-            )
+            return dense.fisher_rank_sums(ranks.ranks, windows, seed=options.seed)
 
         parts = texts.calibration.ids.chunk(max(1, len(options.tasks)))
         if len(parts) == 1:
@@ -364,16 +382,3 @@ def _counted(
         )
     )
     return result
-
-
-def _state(loaded: LoadedModel) -> dict[str, Tensor]:
-    # Parameters come without their tied twins; buffers that are saved (some families keep masks
-    # there) follow.
-    state = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
-    persistent = loaded.model.state_dict().keys()
-    buffers = {
-        n: b
-        for n, b in loaded.model.named_buffers()
-        if n in persistent and isinstance(b, torch.Tensor)
-    }
-    return state | buffers

@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unicuco.models import model_digest, profile_model, weight_files
+from unicuco.models import LoadedModel, model_digest, profile_model, weight_files
 from unicuco.models.load import build_on_meta
 from unicuco.models.stored import with_stored_bytes
-from unicuco.types import ModelProfile
 
 
-def profile_folder(folder: Path) -> tuple[str, ModelProfile]:
-    """Return a model's configuration as JSON and its profile, reading only its files' headers.
+def load_ghost(folder: Path) -> LoadedModel:
+    """Return what `load_model` does of a folder, with ghosts for parameters.
 
-    (And the files once, for their digest.)
+    Of the files only the headers are looked at, and all of them are read through for their digest.
 
     Raises:
         ModelError: no usable model is there, or it is of an unknown shape.
@@ -37,4 +36,4 @@ def profile_folder(folder: Path) -> tuple[str, ModelProfile]:
                 module._parameters[name] = ghosts[parameter]
     profile = profile_model(model, digest=model_digest(folder))
     profile = with_stored_bytes(profile, model, weight_files(folder))
-    return model.config.to_json_string(), profile
+    return LoadedModel(model=model, profile=profile, folder=folder)

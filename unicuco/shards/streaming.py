@@ -15,7 +15,6 @@ Notation: n windows of t tokens, h hidden size, v vocabulary.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,21 +43,20 @@ class StreamedModel:
         folder: the model's.
         model_config: its configuration as JSON.
         profile: the model's.
+        scratch: a folder for what passes leave and need again; it is the caller's to remove.
 
     Raises:
         ModelError: the model can't be taken apart.
     """
 
-    def __init__(self, folder: Path, model_config: str, profile: ModelProfile) -> None:
+    def __init__(
+        self, folder: Path, model_config: str, profile: ModelProfile, scratch: Path
+    ) -> None:
         self.profile = profile
         self._skeleton = Skeleton(model_config, profile)
         self._reader = TensorReader(folder, self._skeleton.model)
-        self._spilled = tempfile.TemporaryDirectory(prefix="unicuco-")
+        self._scratch = scratch
         self._num_spilled = 0
-
-    def close(self) -> None:
-        """Remove the files of passes that are over."""
-        self._spilled.cleanup()
 
     def check_causal(self) -> None:
         """Refuse a model whose predictions depend on later tokens; one pass over two short windows.
@@ -74,7 +72,7 @@ class StreamedModel:
     def build_ranks(self, metric: ImportanceMetric, tokens: TokenSet) -> RankStore:
         """Return the drop order under a metric; one pass over ``tokens``.
 
-        Its tensors lie in files until `close`.
+        Its tensors lie in the scratch folder and are read where they are looked at.
 
         Raises:
             ModelError: a token lies outside the vocabulary, or inputs or scores are not finite.
@@ -211,6 +209,6 @@ class StreamedModel:
     def _spill(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Move tensors into a file, from which they are read where they are looked at."""
         self._num_spilled += 1
-        path = Path(self._spilled.name, f"{self._num_spilled:06d}.safetensors")
+        path = self._scratch / f"{self._num_spilled:06d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         return load_file(path)

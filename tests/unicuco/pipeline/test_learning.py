@@ -344,6 +344,8 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(learn_tiny: Learn, tmp_p
         ({"dimensions": ("sparcity",)}, "dimensions must be one of"),
         ({"dimensions": ("sparsity", "depth")}, "sparsity alone"),
         ({"shards": 0}, "shards must be at least 1"),
+        ({"shards": 2, "pruner": "sparsegpt"}, "levels of whole models: shards must be 1"),
+        ({"shards": 2, "calibration_sampling": "clustered"}, "whole model: shards must be 1"),
         ({"evaluations": 3}, "evaluations must be at least 4"),
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"tokens": 1}, "tokens must be at least 2"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +16,18 @@ from unicuco.errors import ModelError
 from unicuco.evaluate import dense_reference
 from unicuco.importance import METRICS
 from unicuco.models import load_model
-from unicuco.shards.profile import profile_folder
+from unicuco.shards.profile import load_ghost
 from unicuco.shards.streaming import StreamedModel
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case, random_tokens
 from unicuco.testing.tiny import FAMILIES, tiny_model_folder
 
 
-def streamed(folder: Path) -> closing[StreamedModel]:
-    return closing(StreamedModel(folder, *profile_folder(folder)))
+@contextmanager
+def streamed(folder: Path) -> Iterator[StreamedModel]:
+    ghost = load_ghost(folder)
+    config = ghost.model.config.to_json_string()
+    with tempfile.TemporaryDirectory() as scratch:
+        yield StreamedModel(folder, config, ghost.profile, Path(scratch))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -31,9 +37,9 @@ def test_a_profile_needs_no_weights(family: str, tmp_path: Path) -> None:
             tmp_path / str(tied), family, num_blocks=3, tied=tied, dtype=torch.bfloat16
         )
         loaded = load_model(folder)
-        config, profile = profile_folder(folder)
-        assert profile == loaded.profile
-        assert config == loaded.model.config.to_json_string()
+        ghost = load_ghost(folder)
+        assert ghost.profile == loaded.profile
+        assert ghost.model.config.to_json_string() == loaded.model.config.to_json_string()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
