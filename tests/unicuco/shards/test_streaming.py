@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import unicuco
 from unicuco.errors import ModelError
 from unicuco.evaluate import dense_reference
 from unicuco.importance import METRICS
@@ -95,3 +99,28 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path: Path, case: Evaluation
     unknown = replace(known, ids=known.ids + 1000)
     with streamed(case.loaded.folder) as model, pytest.raises(ModelError, match="belongs to"):
         model.build_ranks(METRICS["wanda"], unknown)
+
+
+@pytest.mark.slow
+def test_no_pass_needs_memory_for_the_whole_model(tmp_path: Path) -> None:
+    folder = tiny_model_folder(
+        tmp_path / "model", hidden_size=512, num_blocks=16, num_heads=8, num_kv_heads=4
+    )
+    size = (folder / "model.safetensors").stat().st_size
+    grown = {
+        kind: int(
+            subprocess.run(
+                [sys.executable, "-m", "tests.unicuco.shards.memory_probe", str(folder), kind],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=Path(unicuco.__file__).parents[1],
+                # Freed memory goes back to the system at once, as in the cluster's processes.
+                env=os.environ
+                | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"},
+            ).stdout
+        )
+        for kind in ("whole", "blockwise")
+    }
+    assert grown["whole"] > size
+    assert grown["blockwise"] < 0.6 * size, "most of it the library's own"
