@@ -38,7 +38,7 @@ from cluster.level_crew import LevelCrew
 from cluster.local_ray import connect, local_ray
 from cluster.pool import RayPool
 from cluster.replicas import ActorReplica, PipelineReplica, Replica
-from cluster.room import too_large
+from cluster.room import largest_memory_bytes, too_large
 from unicuco.errors import RequestError
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ class RayBackend:
             start_replica = self._pipelines(evaluator, arrays)
         else:
             start_replica = self._actors(evaluator, arrays)
-        pool = RayPool(
-            start_replica, self._replicas, too_large=lambda: too_large(float(self._threads))
-        )
+        pool = RayPool(start_replica, self._replicas, too_large=self._too_large)
         self._stack.callback(pool.close)
         return pool
 
@@ -141,14 +139,15 @@ class RayBackend:
         from unicuco.shards.plan import plan_shards
         from unicuco.shards.timing import measured_costs
 
+        # Several strategies are under way in each pipeline, each as one message about all tokens.
+        under_way = (
+            2 * self._replicas * (self._shards + 1) * sharding.relay_bytes(evaluator, arrays)
+        )
+        self._connect(under_way + sum(array.nbytes for array in arrays.values()))
         costs = measured_costs(evaluator, context=arrays["text/ids"].shape[1])
-        plan = plan_shards(costs, self._shards)
+        plan = plan_shards(costs, self._shards, memory_bytes=largest_memory_bytes())
         configs = sharding.stage_configs(evaluator, plan)
         parts = [sharding.stage_arrays(config, arrays) for config in configs]
-        # Several strategies are under way in each pipeline, each as one message about all tokens.
-        message = sharding.relay_bytes(evaluator, arrays)
-        under_way = self._replicas * 2 * (self._shards + 1) * message
-        self._connect(under_way + sum(array.nbytes for part in parts for array in part.values()))
         shared = [ray.put(dict(part)) for part in parts]
         share, environment = self._cpu_share(), self._environment()
 
@@ -234,6 +233,12 @@ class RayBackend:
         # What others of this process' replicas hold is not there; none left: all start regardless.
         free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
         return min(float(self._threads), cpu_share(free, self._replicas * self._shards))
+
+    def _too_large(self) -> str | None:
+        """Say in a line why no replica can ever start; none: one can."""
+        if self._address == "local":
+            return None  # they share what there is
+        return too_large(float(self._threads), self._shards)
 
     # Any: Ray's types of groups and of what actors may be started with.
     def _group(self, share: float) -> tuple[Any, list[dict[str, Any]]]:

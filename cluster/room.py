@@ -1,4 +1,4 @@
-"""Whether any node can ever hold a replica. What this module does not know: what a replica is."""
+"""Whether nodes can ever hold a replica. What this module does not know: what a replica is."""
 
 from __future__ import annotations
 
@@ -10,18 +10,38 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initiali
 
 # What Ray calls the types of nodes that nobody but the user adds.
 _UNMANAGED = "node_"
+_SLACK = 1e-6  # shares of CPUs are decimals
 
 
-def too_large(cpus: float) -> str | None:
-    """Say in a line why no node can ever give ``cpus`` to one actor; none: one can, or may come."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    largest = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
-    if cpus <= largest or _has_autoscaler():
+def too_large(cpus: float, count: int = 1) -> str | None:
+    """Say in a line why the nodes can never hold ``count`` actors of ``cpus`` each at once.
+
+    None: they can, or nodes that can may come.
+    """
+    sizes = [node.get("CPU", 0.0) for node in _nodes()]
+    room = sum(int(size / cpus + _SLACK) for size in sizes)
+    if room >= count or _has_autoscaler():
         return None
-    return (
-        f"a replica of {cpus:g} threads fits on no node: the largest has {largest:g} CPUs, and no "
-        "autoscaler adds larger ones; ask for fewer threads, or add a node"
-    )
+    largest = f"the largest has {max(sizes, default=0.0):g} CPUs"
+    what = f"a replica of {cpus:g} threads fits on no node: {largest}"
+    if count > 1:
+        what = (
+            f"{count} shards of {cpus:g} threads have no room on {len(sizes)} nodes of together "
+            f"{sum(sizes):g} CPUs"
+        )
+    return f"{what}, and no autoscaler adds others; ask for fewer, or add nodes"
+
+
+def largest_memory_bytes() -> int | None:
+    """Return the memory of the largest node; none where larger ones may come, or nobody knows."""
+    known = [int(node["memory"]) for node in _nodes() if node.get("memory")]
+    return max(known) if known and not _has_autoscaler() else None
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Return the resources of every node that is alive."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def _has_autoscaler() -> bool:

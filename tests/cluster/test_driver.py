@@ -13,6 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from cluster.driver import RayBackend, cpu_share
 from cluster.local_ray import connect
 from cluster.replicas import Replica
+from cluster.room import too_large
 from tests.cluster.synthetic import (
     ARRAYS,
     Bowl,
@@ -161,6 +162,14 @@ def test_a_replica_larger_than_any_node_is_one_line() -> None:
         pool.submit(make_ask(b"12345678"))
         with pytest.raises(ClusterError, match="of 1000 threads fits on no node: the largest has"):
             pool.next_outcome()
+
+
+def test_more_shards_than_the_nodes_have_room_for_are_one_line() -> None:
+    assert too_large(1.0, 2) is None
+    assert too_large(0.001, 2000) is None
+    message = too_large(1.0, 2000)
+    assert message is not None
+    assert message.startswith("2000 shards of 1 threads have no room on 1 nodes of together ")
 
 
 def test_a_cluster_without_room_is_one_line() -> None:

@@ -15,7 +15,7 @@ Notation: n windows of t tokens, h hidden size, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class StreamedModel:
             ModelError: it is no causal model, or predicts NaN.
         """
         probes = probe_tokens(self.profile.vocabulary_size, self.profile.max_context)
-        first, second = self._logits(list(probes))
+        first, second = self.logits(list(probes))
         check_causal(self._skeleton.model, first, second)
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class StreamedModel:
 
     def dense_reference(self, ids: Tensor) -> DenseReference:
         """Return the dense predictions on ``n x t`` tokens; one pass over them."""
-        logits = self._logits(list(ids.split(1)))
+        logits = self.logits(list(ids.split(1)))
         return DenseReference.concatenate([DenseReference.from_logits(own) for own in logits])
 
     @torch.no_grad()
@@ -160,13 +160,14 @@ class StreamedModel:
                     found.append(torch.stack(means))
         return found
 
-    @torch.no_grad()
-    def _logits(self, windows: Sequence[Tensor]) -> Iterable[Tensor]:
-        """Return ``t x v`` dense logits of each of some windows of equal width."""
+    def logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield ``t x v`` dense logits of each of some windows, ``1 x t``; one pass over them."""
         for stage, hidden in self._forward(windows):
             if stage.is_last:
-                return [self._skeleton.logits(states).float() for states in hidden.split(1)]
-        raise AssertionError("some stage is the last")
+                for states in hidden.split(1):
+                    with torch.no_grad():
+                        logits = self._skeleton.logits(states).float()
+                    yield logits
 
     def _forward(
         self, windows: Sequence[Tensor], received: list[Tensor] | None = None
