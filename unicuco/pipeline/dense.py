@@ -118,18 +118,19 @@ class BlockwiseModel:
     def __init__(self, loaded: LoadedModel, scratch: Path) -> None:
         self.loaded = loaded
         config = loaded.model.config.to_json_string()
-        self._streamed = StreamedModel(loaded.folder, config, loaded.profile, scratch)
+        self._streamed = StreamedModel(loaded.folder, config, loaded.profile)
+        self._scratch = scratch
         self._streamed.check_causal()
 
     def build_ranks(self, metric: ImportanceMetric, tokens: TokenSet) -> RankStore:
         """Return the drop order under a metric; its tensors lie in the scratch folder."""
-        return self._streamed.build_ranks(metric, tokens)
+        return self._streamed.build_ranks(metric, tokens, self._scratch)
 
     def fisher_rank_sums(
         self, ranks: Mapping[str, Tensor], tokens: TokenSet, *, seed: int
     ) -> dict[str, Tensor]:
         """Return every site's Fisher sums by rank."""
-        return self._streamed.fisher_rank_sums(ranks, tokens, seed=seed)
+        return self._streamed.fisher_rank_sums(ranks, tokens, self._scratch, seed=seed)
 
     def dense_reference(self, ids: Tensor) -> DenseReference:
         """Return the dense predictions."""

@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from unicuco.errors import ModelError, TextError
 from unicuco.export.document import DOCUMENT_NAME, read_variant
-from unicuco.models import LoadedModel, load_model, load_tokenizer, read_site
+from unicuco.models import load_tokenizer
 from unicuco.objectives import DenseReference
 from unicuco.pipeline.options import ProgressSink
+from unicuco.pipeline.predicting import Predictor, open_predictors
 from unicuco.pipeline.texts import test_windows, window_length
 from unicuco.search.drive import Progress
 
@@ -47,7 +48,7 @@ def evaluate_variant(
     tokens: int | None = None,
     progress: ProgressSink = lambda step: None,
 ) -> EvaluationReport:
-    """Measure a variant, or any model.
+    """Measure a variant, or any model; block by block where memory does not hold it as a whole.
 
     Args:
         folder: a variant or model folder, or any name `resolve_model` takes.
@@ -64,9 +65,10 @@ def evaluate_variant(
     """
     if (Path(folder) / DOCUMENT_NAME).is_file():
         read_variant(Path(folder))
-    loaded = load_model(folder)
-    dense = None if reference is None else load_model(reference)
-    if dense is not None and dense.profile.vocabulary_size != loaded.profile.vocabulary_size:
+    model, *others = open_predictors(folder, *([] if reference is None else [reference]))
+    dense = others[0] if others else None
+    loaded = model.loaded
+    if dense and dense.loaded.profile.vocabulary_size != loaded.profile.vocabulary_size:
         raise ModelError(
             f"{reference} has another vocabulary than {folder}: KL between them has no meaning"
         )
@@ -79,13 +81,13 @@ def evaluate_variant(
         ).ids
     if windows.shape[1] < 2:
         raise TextError("perplexity needs 2 tokens or more: give a longer text or more tokens")
-    nll, kl = _run(loaded, dense, windows, progress)
+    nll, kl = _run(model, dense, windows, progress)
     if math.isnan(nll) or (kl is not None and math.isnan(kl)):
         raise ModelError(f"{folder} predicts NaN on this text; its weights are broken")
     return EvaluationReport(
         perplexity=perplexity_of(nll),
         kl=kl,
-        sparsity=realised_sparsity(loaded),
+        sparsity=model.sparsity(),
         tokens=windows.numel(),
         context=windows.shape[1],
     )
@@ -96,34 +98,26 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < _LARGEST_LOSS else math.inf
 
 
-def realised_sparsity(loaded: LoadedModel) -> float:
-    """Return the share of site weights that are zero."""
-    sites = loaded.profile.sites
-    zeros = sum(int((read_site(loaded.model, site) == 0).sum()) for site in sites)
-    return zeros / loaded.profile.num_site_weights
-
-
 @torch.no_grad()
 def _run(
-    loaded: LoadedModel,
-    dense: LoadedModel | None,
+    model: Predictor,
+    dense: Predictor | None,
     windows: torch.Tensor,
     progress: ProgressSink,
 ) -> tuple[float, float | None]:
     """Return mean negative log likelihood of next tokens and mean KL of all positions, in nats."""
     nll, kl, done = 0.0, 0.0, 0
-    for window in windows.split(2):
-        progress(Progress(stage="measure", done=done, total=len(windows)))
+    references = None if dense is None else dense.logits(windows)
+    progress(Progress(stage="measure", done=0, total=len(windows)))
+    for logits in model.logits(windows):
+        window = windows[done : done + len(logits)]
         done += len(window)
-        logits = loaded.model(input_ids=window, use_cache=False).logits.float()
         nll += float(
             cross_entropy(logits[:, :-1].flatten(0, 1), window[:, 1:].flatten(), reduction="sum")
         )
-        if dense is not None:
-            p = DenseReference.from_logits(
-                dense.model(input_ids=window, use_cache=False).logits.flatten(0, 1)
-            )
+        if references is not None:
+            p = DenseReference.from_logits(next(references).flatten(0, 1))
             kl += float(p.kl(logits.flatten(0, 1)).double().sum())
-    progress(Progress(stage="measure", done=done, total=done))
+        progress(Progress(stage="measure", done=done, total=len(windows)))
     predicted = windows.numel() - len(windows)
     return nll / predicted, None if dense is None else max(kl / windows.numel(), 0.0)

@@ -43,20 +43,15 @@ class StreamedModel:
         folder: the model's.
         model_config: its configuration as JSON.
         profile: the model's.
-        scratch: a folder for what passes leave and need again; it is the caller's to remove.
 
     Raises:
         ModelError: the model can't be taken apart.
     """
 
-    def __init__(
-        self, folder: Path, model_config: str, profile: ModelProfile, scratch: Path
-    ) -> None:
+    def __init__(self, folder: Path, model_config: str, profile: ModelProfile) -> None:
         self.profile = profile
         self._skeleton = Skeleton(model_config, profile)
         self._reader = TensorReader(folder, self._skeleton.model)
-        self._scratch = scratch
-        self._num_spilled = 0
 
     def check_causal(self) -> None:
         """Refuse a model whose predictions depend on later tokens; one pass over two short windows.
@@ -69,10 +64,10 @@ class StreamedModel:
         check_causal(self._skeleton.model, first, second)
 
     @torch.no_grad()
-    def build_ranks(self, metric: ImportanceMetric, tokens: TokenSet) -> RankStore:
+    def build_ranks(self, metric: ImportanceMetric, tokens: TokenSet, scratch: Path) -> RankStore:
         """Return the drop order under a metric; one pass over ``tokens``.
 
-        Its tensors lie in the scratch folder and are read where they are looked at.
+        Its tensors lie in the folder ``scratch``, and are read where they are looked at.
 
         Raises:
             ModelError: a token lies outside the vocabulary, or inputs or scores are not finite.
@@ -90,17 +85,18 @@ class StreamedModel:
 
             with stage.loaded(block, None):
                 norms = measure_input_norms(self._skeleton.model, own, run)
-                ranks |= self._spill(build_ranks(self._skeleton.model, own, metric, norms).ranks)
+                found = build_ranks(self._skeleton.model, own, metric, norms).ranks
+                ranks |= _spill(found, scratch / f"ranks-{block}")
         return RankStore(metric=metric.name, ranks=ranks)
 
     def fisher_rank_sums(
-        self, ranks: Mapping[str, Tensor], tokens: TokenSet, *, seed: int
+        self, ranks: Mapping[str, Tensor], tokens: TokenSet, scratch: Path, *, seed: int
     ) -> dict[str, Tensor]:
-        """Do what `unicuco.importance.fisher.fisher_rank_sums` does."""
+        """Do what `unicuco.importance.fisher.fisher_rank_sums` does, with room in ``scratch``."""
         windows = list(tokens.ids.split(1))
         received: list[Tensor] = []
         gradient = torch.empty(0)
-        for stage, hidden in self._forward(windows, received):
+        for stage, hidden in self._forward(windows, received, scratch):
             if stage.is_last:
                 gradient = self._label_gradients(hidden, torch.Generator().manual_seed(seed))
         sums: dict[str, Tensor] = {}
@@ -119,6 +115,12 @@ class StreamedModel:
         """Return the dense predictions on ``n x t`` tokens; one pass over them."""
         logits = self.logits(list(ids.split(1)))
         return DenseReference.concatenate([DenseReference.from_logits(own) for own in logits])
+
+    def count_zeros(self) -> int:
+        """Return how many of the sites' weights are zero."""
+        return sum(
+            int((weight == 0).sum()) for stage in self._stages() for weight in stage.dense.values()
+        )
 
     @torch.no_grad()
     def window_kl(
@@ -170,18 +172,22 @@ class StreamedModel:
                     yield logits
 
     def _forward(
-        self, windows: Sequence[Tensor], received: list[Tensor] | None = None
+        self,
+        windows: Sequence[Tensor],
+        received: list[Tensor] | None = None,
+        scratch: Path = Path(),
     ) -> Iterator[tuple[Stage, Tensor]]:
         """Run windows through the dense blocks; yield each as a stage, with its output.
 
-        ``received`` gets what each block received, in files; none: kept nowhere.
+        ``received`` gets what each block received, in files in ``scratch``; none: kept nowhere.
         """
         hidden = torch.empty(0)
         for stage in self._stages():
             if stage.is_first:
                 hidden = torch.cat([self._skeleton.embed(window) for window in windows])
             if received is not None:
-                received.append(self._spill({"hidden": hidden})["hidden"])
+                path = scratch / f"hidden-{stage.blocks.start}"
+                received.append(_spill({"hidden": hidden}, path)["hidden"])
             hidden = stage.forward(None, hidden)
             yield stage, hidden
 
@@ -207,9 +213,8 @@ class StreamedModel:
             finally:
                 stage.close()
 
-    def _spill(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Move tensors into a file, from which they are read where they are looked at."""
-        self._num_spilled += 1
-        path = self._scratch / f"{self._num_spilled:06d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        return load_file(path)
+
+def _spill(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Move tensors into a file, from which they are read where they are looked at."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return load_file(path)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,12 +23,9 @@ from unicuco.testing.cases import EvaluationCase, make_evaluation_case, random_t
 from unicuco.testing.tiny import FAMILIES, tiny_model_folder
 
 
-@contextmanager
-def streamed(folder: Path) -> Iterator[StreamedModel]:
+def streamed(folder: Path) -> StreamedModel:
     ghost = load_ghost(folder)
-    config = ghost.model.config.to_json_string()
-    with tempfile.TemporaryDirectory() as scratch:
-        yield StreamedModel(folder, config, ghost.profile, Path(scratch))
+    return StreamedModel(folder, ghost.model.config.to_json_string(), ghost.profile)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -50,34 +44,34 @@ def test_a_profile_needs_no_weights(family: str, tmp_path: Path) -> None:
 def test_every_pass_is_the_whole_models(family: str, tmp_path: Path) -> None:
     folder = tiny_model_folder(tmp_path / "model", family, num_blocks=3, tied=True)
     case = make_evaluation_case(folder)
-    with streamed(folder) as model:
-        model.check_causal()
-        ranks = model.build_ranks(METRICS["wanda"], case.calibration).ranks
-        assert ranks.keys() == case.ranks.keys()
-        assert all(torch.equal(ranks[path], case.ranks[path]) for path in ranks)
-        fisher = model.fisher_rank_sums(ranks, case.calibration, seed=0)
-        assert list(fisher) == list(case.fisher)
-        assert all(torch.equal(fisher[path], case.fisher[path]) for path in fisher)
-        reference = model.dense_reference(case.tokens.ids)
-        expected = dense_reference(case.loaded.model, case.tokens.ids)
-        assert torch.equal(reference.probabilities, expected.probabilities)
-        assert torch.equal(reference.negative_entropy, expected.negative_entropy)
-        strategies = [case.space.uniform(sparsity) for sparsity in (0.0, 0.5, 0.8)]
-        drops = [case.space.cost.site_drops(strategy.values) for strategy in strategies]
-        found = model.window_kl(drops, case.tokens.ids, reference, ranks)
-        whole = case.evaluator()
-        for own, strategy in zip(found, strategies, strict=True):
-            assert torch.equal(own, whole.window_kl(strategy))
+    model = streamed(folder)
+    model.check_causal()
+    ranks = model.build_ranks(METRICS["wanda"], case.calibration, tmp_path).ranks
+    assert ranks.keys() == case.ranks.keys()
+    assert all(torch.equal(ranks[path], case.ranks[path]) for path in ranks)
+    fisher = model.fisher_rank_sums(ranks, case.calibration, tmp_path, seed=0)
+    assert list(fisher) == list(case.fisher)
+    assert all(torch.equal(fisher[path], case.fisher[path]) for path in fisher)
+    reference = model.dense_reference(case.tokens.ids)
+    expected = dense_reference(case.loaded.model, case.tokens.ids)
+    assert torch.equal(reference.probabilities, expected.probabilities)
+    assert torch.equal(reference.negative_entropy, expected.negative_entropy)
+    strategies = [case.space.uniform(sparsity) for sparsity in (0.0, 0.5, 0.8)]
+    drops = [case.space.cost.site_drops(strategy.values) for strategy in strategies]
+    found = model.window_kl(drops, case.tokens.ids, reference, ranks)
+    whole = case.evaluator()
+    for own, strategy in zip(found, strategies, strict=True):
+        assert torch.equal(own, whole.window_kl(strategy))
 
 
 def test_a_pass_leaves_no_weights_behind(case: EvaluationCase) -> None:
-    with streamed(case.loaded.folder) as model:
-        model.dense_reference(case.tokens.ids)
-        held = sum(
-            parameter.untyped_storage().nbytes()
-            for parameter in model._skeleton.model.parameters()
-            if not parameter.is_meta
-        )
+    model = streamed(case.loaded.folder)
+    model.dense_reference(case.tokens.ids)
+    held = sum(
+        parameter.untyped_storage().nbytes()
+        for parameter in model._skeleton.model.parameters()
+        if not parameter.is_meta
+    )
     assert held <= 4 * len(model._skeleton.aliases), "ghosts alone"
 
 
@@ -88,17 +82,17 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path: Path, case: Evaluation
     save_file(
         {**tensors, **{name: tensors[name] * 1e25 for name in names}}, folder / "model.safetensors"
     )
-    with streamed(folder) as model, pytest.raises(ModelError, match="predicts NaN or infinity"):
-        model.check_causal()
+    with pytest.raises(ModelError, match="predicts NaN or infinity"):
+        streamed(folder).check_causal()
     name = "model.layers.1.mlp.down_proj.weight"
     del tensors[name]
     save_file(tensors, folder / "model.safetensors")
-    with streamed(folder) as model, pytest.raises(ModelError, match=f"no tensor for {name}"):
-        model.check_causal()
+    with pytest.raises(ModelError, match=f"no tensor for {name}"):
+        streamed(folder).check_causal()
     known = random_tokens(seed=1)
     unknown = replace(known, ids=known.ids + 1000)
-    with streamed(case.loaded.folder) as model, pytest.raises(ModelError, match="belongs to"):
-        model.build_ranks(METRICS["wanda"], unknown)
+    with pytest.raises(ModelError, match="belongs to"):
+        streamed(case.loaded.folder).build_ranks(METRICS["wanda"], unknown, tmp_path)
 
 
 @pytest.mark.slow

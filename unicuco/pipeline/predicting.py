@@ -1,0 +1,110 @@
+"""Logits of a folder's model over windows: of the whole model in memory, or block by block.
+
+The two agree; which of them it is depends on the memory that there is. What this module does not
+know: what the logits are compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from unicuco.models import LoadedModel, load_model, read_site, resolve_model
+from unicuco.models.load import build_on_meta
+from unicuco.shards.profile import load_ghost
+from unicuco.shards.streaming import StreamedModel
+
+_WINDOWS_PER_PASS: Final = 2
+_FLOAT_BYTES: Final = 4
+_SHARE: Final = 0.8  # of the memory that is free; activations need some too
+
+
+class Predictor(Protocol):
+    """A model that predicts."""
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model; its weights only where it is whole."""
+
+    def logits(self, windows: Tensor) -> Iterator[Tensor]:
+        """Yield ``b x t x v`` float32 logits of ``n x t`` tokens, some windows at a time."""
+
+    def sparsity(self) -> float:
+        """Return the share of site weights that are zero."""
+
+
+class WholePredictor:
+    """A model in memory.
+
+    Args:
+        name: as `resolve_model` takes it.
+    """
+
+    def __init__(self, name: Path | str) -> None:
+        self.loaded = load_model(name)
+
+    @torch.no_grad()
+    def logits(self, windows: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of two windows at a time."""
+        for batch in windows.split(_WINDOWS_PER_PASS):
+            yield self.loaded.model(input_ids=batch, use_cache=False).logits.float()
+
+    def sparsity(self) -> float:
+        """Count the zeros."""
+        sites = self.loaded.profile.sites
+        zeros = sum(int((read_site(self.loaded.model, site) == 0).sum()) for site in sites)
+        return zeros / self.loaded.profile.num_site_weights
+
+
+class BlockwisePredictor:
+    """A model of which one block at a time is in memory.
+
+    Args:
+        name: as `resolve_model` takes it.
+    """
+
+    def __init__(self, name: Path | str) -> None:
+        self.loaded = load_ghost(resolve_model(str(name)))
+        config = self.loaded.model.config.to_json_string()
+        self._streamed = StreamedModel(self.loaded.folder, config, self.loaded.profile)
+        self._streamed.check_causal()
+
+    def logits(self, windows: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of one window at a time."""
+        return (logits[None] for logits in self._streamed.logits(list(windows.split(1))))
+
+    def sparsity(self) -> float:
+        """Count the zeros block by block."""
+        return self._streamed.count_zeros() / self.loaded.profile.num_site_weights
+
+
+def open_predictors(*names: Path | str) -> list[Predictor]:
+    """Open models to be run side by side: as wholes if all of them fit into memory together.
+
+    Raises:
+        ModelError: one of them is no usable model.
+    """
+    needed = sum(_whole_bytes(name) for name in names)
+    kind = WholePredictor if needed <= _SHARE * free_bytes() else BlockwisePredictor
+    return [kind(name) for name in names]
+
+
+def free_bytes() -> float:
+    """Return the memory that may still be taken, as the system says; infinite where it does not."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    sizes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines)}
+    return 1024 * float(sizes["MemAvailable"]) if "MemAvailable" in sizes else math.inf
+
+
+def _whole_bytes(name: Path | str) -> int:
+    """Return what a model takes in memory: every weight is four bytes there."""
+    folder = resolve_model(str(name))
+    return sum(_FLOAT_BYTES * p.numel() for p in build_on_meta(folder).parameters())
