@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import acceptance, bits, quality, serve, serve_models, speed
+from benchmarks import acceptance, bits, cluster, quality, serve, serve_models, speed
 
 
 def main() -> None:
@@ -10,6 +10,7 @@ def main() -> None:
     acceptance.main([])
     quality.main([])
     speed.main([])
+    cluster.main([])
     bits.main([])
     serve.main([])
     serve_models.main([])

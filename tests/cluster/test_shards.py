@@ -16,8 +16,8 @@ from cluster.actors import Arrays
 from cluster.driver import RayBackend
 from cluster.learn import main
 from tests.cluster.test_learn import evaluations, job
-from unicuco.errors import ModelError
-from unicuco.pipeline import Run
+from unicuco.errors import ModelError, RequestError
+from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn
 from unicuco.shards.evaluator import Relay, StageConfig, StageEvaluator
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
 from unicuco.types import Ask, Evaluation
@@ -57,6 +57,20 @@ class DyingStage(StageEvaluator):
             self._marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().backward(ask, relay)
+
+
+def test_without_ray_a_model_in_shards_is_refused(
+    tmp_path: Path, tiny_llama: Path, tiny_text_file: Path
+) -> None:
+    options = LearnOptions(
+        model=str(tiny_llama),
+        out=tmp_path / "run",
+        calibration=tiny_text_file,
+        tokens=256,
+        shards=2,
+    )
+    with pytest.raises(RequestError, match="judged on Ray"):
+        learn(options, backend=LocalBackend(), progress=lambda step: None)
 
 
 def die_once(marker: str) -> Any:

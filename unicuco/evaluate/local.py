@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from unicuco.dimensions import build_cost
+from unicuco.errors import RequestError
 from unicuco.evaluate.arrays import Arrays, reference_of, state_of, unpack, working_copy
 from unicuco.evaluate.measure import (
     EvaluatorConfig,
@@ -46,6 +47,9 @@ class LocalEvaluator:
     Args:
         config: the evaluator's configuration.
         arrays: named as `pack_model` and `pack_text` name them.
+
+    Raises:
+        RequestError: no weights are among them.
     """
 
     def __init__(self, config: EvaluatorConfig, arrays: Arrays) -> None:
@@ -57,6 +61,8 @@ class LocalEvaluator:
         self._ids = tensors["text/ids"]
         self._reference = reference_of(tensors)
         state = state_of(tensors)
+        if not state:
+            raise RequestError("a model in shards is judged on Ray: give an address, or one shard")
         self._model = working_copy(config.model_config, state)
         sites = config.profile.sites
         self._sites = SiteWeights(
