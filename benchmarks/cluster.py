@@ -1,8 +1,8 @@
 """What the cluster costs and gains: Ray's overhead, replicas, pipelines, memory of shards.
 
 ``python -m benchmarks.cluster [replicas|pipelines|memory]…``; each part's results go to
-``benchmarks/results/cluster_PART.json``. Ratios within one run, medians; memory as the operating system
-gives it. The model of random weights for ``memory`` is written to a temporary folder.
+``benchmarks/results/cluster_PART.json``. Ratios within one run, medians; memory as the operating
+system gives it. The model of random weights for ``memory`` is written to a temporary folder.
 """
 
 from __future__ import annotations
