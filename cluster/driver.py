@@ -139,10 +139,10 @@ class RayBackend:
         from unicuco.shards.plan import plan_shards
         from unicuco.shards.timing import measured_costs
 
-        # Several strategies are under way in each pipeline, each as one message about all tokens.
-        under_way = (
-            2 * self._replicas * (self._shards + 1) * sharding.relay_bytes(evaluator, arrays)
-        )
+        # Several strategies are under way in each pipeline, and every stage keeps what it received
+        # of each, a message about all tokens, until the way back.
+        num_messages = self._replicas * (self._shards + 1) ** 2
+        under_way = num_messages * sharding.relay_bytes(evaluator, arrays)
         self._connect(under_way + sum(array.nbytes for array in arrays.values()))
         costs = measured_costs(evaluator, context=arrays["text/ids"].shape[1])
         plan = plan_shards(costs, self._shards, memory_bytes=largest_memory_bytes())
