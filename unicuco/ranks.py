@@ -137,6 +137,14 @@ class RankStore:
                 )
 
 
+def narrowed_rank(rank: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Return the drop order of a matrix that keeps only some rows or columns; none: all."""
+    if rows is not None:
+        rank = rank[rows]
+    # What stays goes in the order it had; ranks are different within a row, so there are no ties.
+    return rank if columns is None else rank_rows(rank[:, columns].float())
+
+
 def build_ranks(
     model: nn.Module, profile: ModelProfile, metric: ImportanceMetric, stats: Mapping[str, Tensor]
 ) -> RankStore:

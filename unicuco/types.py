@@ -174,12 +174,43 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A sub-module of a block whose output is added to the residual stream: attention or MLP.
+
+    It can be removed by itself, exactly. ``modules`` are the dotted paths of all that goes with it,
+    its norm included; the last one's output is what is added. ``sites`` are its matrices' paths in
+    the order in which they run; the last one reads what the others produce. ``num_params`` and
+    ``num_bytes`` (as stored) count everything inside.
+
+    Where it can be narrowed, it is made of ``num_units`` equal units (feed-forward channels; key
+    and value heads with their query heads), each of ``unit_params`` parameters and ``unit_bytes``
+    bytes, of which ``unit_biases`` are biases; 0 units: it can't be.
+    """
+
+    block: int
+    modules: tuple[str, ...]
+    sites: tuple[str, ...]
+    num_params: int
+    num_bytes: int
+    num_units: int = 0
+    unit_params: int = 0
+    unit_biases: int = 0
+    unit_bytes: int = 0
+
+    @property
+    def path(self) -> str:
+        """The module whose output is added."""
+        return self.modules[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
     """What the method needs to know of a model, without the model.
 
     ``digest`` is the sha256 over the names and contents of its weight files. ``block_params[b]``
     counts every unique parameter inside block b (sites, biases, norms); ``block_bytes[b]`` their
     bytes as stored; ``total_params`` and ``total_bytes`` count the whole model, tied tensors once.
+    ``parts`` divide every block, in order; none where they can't be told apart without doubt.
     """
 
     digest: str
@@ -192,6 +223,7 @@ class ModelProfile:
     total_bytes: int
     vocabulary_size: int
     max_context: int
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         if len({site.path for site in self.sites}) != len(self.sites):

@@ -177,7 +177,7 @@ def test_a_space_with_choices_meets_a_budget_to_the_weight_where_a_block_survive
     for strategy in space.decode_exact(points(space, seed), [kept] * 3):
         drops = space.cost.site_drops(strategy.values)
         removed = [a for a, v in strategy.settings if a.startswith("depth/") and v == 1]
-        if len(removed) == sum(axis.is_choice for axis in space.axes) or not any(drops.values()):
+        if len(removed) == sum(axis.is_shape for axis in space.axes) or not any(drops.values()):
             continue
         spare = kept - space.cost.kept_params(strategy.values)
         alive = [v for a, v in strategy.settings if a.startswith("sparsity/") and v > 0]
@@ -291,8 +291,8 @@ def test_budgets_are_met_at_levels_but_for_one_axis(seed: int, share: float, ste
             assert all(abs(a - b) <= far for a, b in zip(steps, exact, strict=True))
 
 
-def test_a_stride_is_of_sites_and_never_of_choices() -> None:
+def test_a_stride_is_of_sites_and_never_of_shapes() -> None:
     by_block = build_space(PROFILE, granularity=Granularity.BLOCK, level_step=7)
     assert by_block.uniform(0.4) == SPACES["block"].uniform(0.4)
-    with pytest.raises(ValueError, match="yes or no"):
+    with pytest.raises(ValueError, match="a shape"):
         build_space(PROFILE, ("sparsity", "depth"), level_step=7)

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from unicuco.dimensions.base import Dimension, Granularity, ProductCost
+from unicuco.dimensions.base import Dimension, Granularity, Kept, ProductCost, parts_of
 from unicuco.dimensions.depth import Depth
 from unicuco.dimensions.sparsity import Sparsity
+from unicuco.dimensions.width import Width
 from unicuco.errors import RequestError
 from unicuco.space import StrategySpace
 from unicuco.types import ModelProfile
 
-DIMENSIONS: Final[dict[str, Dimension]] = {"sparsity": Sparsity(), "depth": Depth()}
+DIMENSIONS: Final[dict[str, Dimension]] = {
+    "sparsity": Sparsity(),
+    "depth": Depth(),
+    "width": Width(),
+}
 
 
 def build_space(
@@ -58,4 +63,13 @@ def build_cost(
     return ProductCost(profile, parts, granularity)
 
 
-__all__ = ["DIMENSIONS", "Dimension", "Granularity", "ProductCost", "build_cost", "build_space"]
+__all__ = [
+    "DIMENSIONS",
+    "Dimension",
+    "Granularity",
+    "Kept",
+    "ProductCost",
+    "build_cost",
+    "build_space",
+    "parts_of",
+]

@@ -1,33 +1,51 @@
-"""What a dimension is, and what several cost together: a product over sites and blocks.
+"""What a dimension is, and what several cost together: a product over sites and parts.
 
-Notation: b batch, i sites, l blocks. A dimension contributes a kept factor per site (``b x i``) and
-per block (``b x l``), both in [0, 1]; the parameters kept in block l are alive_l (extra_l + sum
-over its sites of w_i keep_i), alive and keep being products over the dimensions and extra_l the
-parameters of the block outside its sites.
+A part is what can be removed by itself: a sub-module where the profile tells them apart, else a
+whole block. Notation: b batch, i sites, p parts. A dimension says which share of every site's
+weights it keeps, and which share of every part's units and of the part as a whole (`Kept`); the
+parameters kept in part p are alive_p (fixed_p + biases_p width_p + sum over its sites of
+w_i weights_i width_p), all factors being products over the dimensions.
+
+What it does not know: which weights are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from unicuco.space import Axis
-from unicuco.types import ModelProfile, ServedAs
+from unicuco.space import Axis, Shape
+from unicuco.types import ModelProfile, Part, ServedAs, Site
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 class Granularity(StrEnum):
-    """One axis per block, or one per site."""
+    """One axis per block, or one per site (depth and width: per sub-module)."""
 
     BLOCK = "block"
     LAYER = "layer"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Shares in [0, 1] that a dimension keeps; none: all.
+
+    ``weights``: ``b x i`` of every site's weights, shapes as they are. ``width``: ``b x p`` of the
+    units of every part. ``alive``: ``b x p`` of every part as a whole.
+    """
+
+    weights: Tensor | None = None
+    width: Tensor | None = None
+    alive: Tensor | None = None
 
 
 class Dimension(Protocol):
@@ -41,26 +59,61 @@ class Dimension(Protocol):
     must_follow: frozenset[str]
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:
-        """Return the dimension's axes in order."""
+        """Return the dimension's axes in order.
 
-    def factors(
-        self, profile: ModelProfile, settings: Tensor, granularity: Granularity
-    ) -> tuple[Tensor, Tensor]:
-        """Return what ``b x d_own`` settings keep: ``b x i`` of sites and ``b x l`` of blocks."""
+        Raises:
+            RequestError: the model's structure has none at this granularity.
+        """
 
-    def site_drops(
+    def kept(self, profile: ModelProfile, settings: Tensor, granularity: Granularity) -> Kept:
+        """Return what ``b x d_own`` settings keep."""
+
+    def removed_parts(
         self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> dict[str, int]:
-        """Return how many weights each site loses to this dimension; sites not named lose none."""
+    ) -> frozenset[int]:
+        """Return the parts (positions in `parts_of`) that are gone as a whole."""
 
-    def removed_blocks(self, profile: ModelProfile, values: Sequence[float]) -> frozenset[int]:
-        """Return the blocks that are gone as a whole."""
+    def removed_units(
+        self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
+    ) -> dict[int, int]:
+        """Return how many units each part loses; parts not named lose none."""
 
-    def apply(self, model: nn.Module, profile: ModelProfile, values: Sequence[float]) -> None:
+    def zeroed(
+        self,
+        sites: Sequence[Site],
+        sizes: Sequence[int],
+        values: Sequence[float],
+        granularity: Granularity,
+    ) -> list[int]:
+        """Return how many weights of each site become zero, of ``sizes`` that are still there."""
+
+    def apply(
+        self,
+        model: nn.Module,
+        profile: ModelProfile,
+        values: Sequence[float],
+        granularity: Granularity,
+    ) -> None:
         """Bring structural changes onto a live model, whatever was applied before.
 
-        Masks are cut by the evaluator.
+        Weights are brought by the evaluator.
         """
+
+
+def parts_of(profile: ModelProfile) -> tuple[Part, ...]:
+    """Return the profile's parts, or a part for every block where it has none."""
+    if profile.parts:
+        return profile.parts
+    return tuple(
+        Part(
+            block=block,
+            modules=(path,),
+            sites=tuple(site.path for site in profile.sites if site.block == block),
+            num_params=profile.block_params[block],
+            num_bytes=profile.block_bytes[block],
+        )
+        for block, path in enumerate(profile.block_paths)
+    )
 
 
 class ProductCost:
@@ -70,6 +123,7 @@ class ProductCost:
         self, profile: ModelProfile, dimensions: Sequence[Dimension], granularity: Granularity
     ) -> None:
         self.profile = profile
+        self.parts = parts_of(profile)
         self.dimensions = tuple(dimensions)
         self.granularity = granularity
         self.total_params = profile.total_params
@@ -80,53 +134,85 @@ class ProductCost:
         self._weights = torch.tensor(
             [site.num_weights for site in profile.sites], dtype=torch.float64
         )
-        self._block_of = torch.tensor([site.block for site in profile.sites])
-        in_sites = torch.zeros(profile.num_blocks, dtype=torch.float64).index_add_(
-            0, self._block_of, self._weights
+        part_of = {path: p for p, part in enumerate(self.parts) for path in part.sites}
+        self._part_of = [part_of[site.path] for site in profile.sites]
+        params = torch.tensor([part.num_params for part in self.parts], dtype=torch.float64)
+        in_sites = torch.zeros(len(self.parts), dtype=torch.float64).index_add_(
+            0, torch.tensor(self._part_of), self._weights
         )
-        params = torch.tensor(profile.block_params, dtype=torch.float64)
-        self._extra = params - in_sites
-        self._fixed = float(profile.total_params - int(params.sum()))
+        self._biases = torch.tensor(
+            [part.num_units * part.unit_biases for part in self.parts], dtype=torch.float64
+        )
+        self._fixed = params - in_sites - self._biases
+        self._outside = float(profile.total_params - int(params.sum()))
+
+    @property
+    def served_as(self) -> ServedAs:
+        """How a variant of these dimensions is stored."""
+        shrinks = any(part.served_as is ServedAs.SHRINK for part in self.dimensions)
+        return ServedAs.SHRINK if shrinks else ServedAs.MASK
 
     def kept(self, settings: Tensor) -> Tensor:
         """Return the relaxed kept parameters, ``b`` float64, of ``b x d`` settings."""
         settings = settings.double()
-        keep, alive = self._factors(settings)
-        per_block = self._extra.expand(len(settings), -1).index_add(
-            1, self._block_of, keep * self._weights
-        )
-        return self._fixed + (alive * per_block).sum(1)
+        shares = [
+            part.kept(self.profile, settings[:, start:end], self.granularity)
+            for part, start, end in zip(self.dimensions, self._starts, self._ends, strict=True)
+        ]
+        width, alive = _product([s.width for s in shares]), _product([s.alive for s in shares])
+        weights = self._weights.expand(len(settings), -1)
+        for share in shares:
+            weights = weights if share.weights is None else weights * share.weights
+        in_sites = torch.zeros(len(settings), len(self.parts), dtype=torch.float64)
+        in_sites = in_sites.index_add(1, self._part_index, weights) + self._biases
+        per_part = self._fixed + (in_sites if width is None else in_sites * width)
+        return self._outside + (per_part if alive is None else per_part * alive).sum(1)
+
+    def shape(self, values: Sequence[float]) -> Shape:
+        """Return exactly what is left of the model."""
+        own = self._split(values)
+        gone: frozenset[int] = frozenset()
+        units: dict[int, int] = {}
+        for dimension, part in own:
+            gone |= dimension.removed_parts(self.profile, part, self.granularity)
+            units |= dimension.removed_units(self.profile, part, self.granularity)
+        lost = tuple((p, count) for p, count in sorted(units.items()) if count and p not in gone)
+        sizes = [site.num_weights for site in self.profile.sites]
+        narrowed = dict(lost)
+        for position, p in enumerate(self._part_of):
+            if p in gone:
+                sizes[position] = 0
+            elif p in narrowed:
+                sizes[position] -= sizes[position] // self.parts[p].num_units * narrowed[p]
+        zeroed = [0] * len(sizes)
+        for dimension, part in own:
+            more = dimension.zeroed(self.profile.sites, sizes, part, self.granularity)
+            zeroed = [a + b for a, b in zip(zeroed, more, strict=True)]
+        return Shape(parts=gone, units=lost, sizes=tuple(sizes), zeroed=tuple(zeroed))
 
     def site_drops(self, values: Sequence[float]) -> dict[str, int]:
-        """Return the exact number of weights each site loses, all of them in a removed block."""
-        removed = self.removed_blocks(values)
-        drops = {site.path: 0 for site in self.profile.sites}
-        for dimension, own in self._split(values):
-            for path, count in dimension.site_drops(self.profile, own, self.granularity).items():
-                drops[path] += count
-        for site in self.profile.sites:
-            if site.block in removed:
-                drops[site.path] = site.num_weights
-        return drops
-
-    def removed_blocks(self, values: Sequence[float]) -> frozenset[int]:
-        """Return the blocks that are gone as a whole."""
-        return frozenset().union(
-            *(part.removed_blocks(self.profile, own) for part, own in self._split(values))
-        )
+        """Return the exact number of weights each site loses, all of them where it is removed."""
+        shape = self.shape(values)
+        return {
+            site.path: site.num_weights - size + zeroed
+            for site, size, zeroed in zip(
+                self.profile.sites, shape.sizes, shape.zeroed, strict=True
+            )
+        }
 
     def kept_params(self, values: Sequence[float]) -> int:
         """Return the exact kept parameters of the whole model."""
-        removed = self.removed_blocks(values)
-        gone = sum(self.profile.block_params[block] for block in removed)
-        drops = self.site_drops(values)
-        zeroed = sum(drops[site.path] for site in self.profile.sites if site.block not in removed)
-        return self.profile.total_params - gone - zeroed
+        shape = self.shape(values)
+        gone = sum(self.parts[p].num_params for p in shape.parts)
+        narrowed = sum(self.parts[p].unit_params * count for p, count in shape.units)
+        return self.profile.total_params - gone - narrowed - sum(shape.zeroed)
 
     def num_bytes(self, values: Sequence[float]) -> int:
-        """Return the bytes stored: zeros are stored, removed blocks are not."""
-        removed = self.removed_blocks(values)
-        return self.profile.total_bytes - sum(self.profile.block_bytes[block] for block in removed)
+        """Return the bytes stored: zeros are stored, removed parts and units are not."""
+        shape = self.shape(values)
+        gone = sum(self.parts[p].num_bytes for p in shape.parts)
+        narrowed = sum(self.parts[p].unit_bytes * count for p, count in shape.units)
+        return self.profile.total_bytes - gone - narrowed
 
     def apply(self, model: nn.Module, values: Sequence[float]) -> None:
         """Apply every dimension's structural part to a live model, after those it must follow."""
@@ -134,16 +220,20 @@ class ProductCost:
         follows = {name: dimension.must_follow & own.keys() for name, (dimension, _) in own.items()}
         for name in TopologicalSorter(follows).static_order():
             dimension, part = own[name]
-            dimension.apply(model, self.profile, part)
+            dimension.apply(model, self.profile, part, self.granularity)
 
-    def _factors(self, settings: Tensor) -> tuple[Tensor, Tensor]:
-        keep: Tensor | float = 1.0
-        alive: Tensor | float = 1.0
-        for dimension, start, end in zip(self.dimensions, self._starts, self._ends, strict=True):
-            site, block = dimension.factors(self.profile, settings[:, start:end], self.granularity)
-            keep, alive = keep * site, alive * block
-        return torch.as_tensor(keep), torch.as_tensor(alive)
+    @cached_property
+    def _part_index(self) -> Tensor:
+        return torch.tensor(self._part_of)
 
     def _split(self, values: Sequence[float]) -> list[tuple[Dimension, Sequence[float]]]:
         parts = zip(self.dimensions, self._starts, self._ends, strict=True)
         return [(dimension, values[start:end]) for dimension, start, end in parts]
+
+
+def _product(shares: Sequence[Tensor | None]) -> Tensor | None:
+    product: Tensor | None = None
+    for share in shares:
+        if share is not None:
+            product = share if product is None else product * share
+    return product

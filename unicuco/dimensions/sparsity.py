@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-import torch
 from torch import Tensor
 
-from unicuco.dimensions.base import Granularity
+from unicuco.dimensions.base import Granularity, Kept
 from unicuco.space import Axis
 from unicuco.types import ModelProfile, ServedAs, Site
 
@@ -29,7 +28,7 @@ class Sparsity:
 
     name = "sparsity"
     served_as = ServedAs.MASK
-    must_follow: frozenset[str] = frozenset({"depth"})
+    must_follow: frozenset[str] = frozenset({"depth", "width"})
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:
         """Return one axis per site in site order, or per block in block order, counting weights."""
@@ -37,7 +36,10 @@ class Sparsity:
             parts = [(site.path, site.num_weights) for site in profile.sites]
         else:
             parts = [
-                (f"block.{block}", sum(site.num_weights for site in _sites(profile, block)))
+                (
+                    f"block.{block}",
+                    sum(site.num_weights for site in profile.sites if site.block == block),
+                )
                 for block in range(profile.num_blocks)
             ]
         return [
@@ -45,46 +47,59 @@ class Sparsity:
             for part, count in parts
         ]
 
-    def factors(
-        self, profile: ModelProfile, settings: Tensor, granularity: Granularity
-    ) -> tuple[Tensor, Tensor]:
-        """Return 1 - s per site, and 1 per block."""
-        keep = 1.0 - settings
+    def kept(self, profile: ModelProfile, settings: Tensor, granularity: Granularity) -> Kept:
+        """Return 1 - s per site."""
+        weights = 1.0 - settings
         if granularity is Granularity.BLOCK:
-            keep = keep[:, [site.block for site in profile.sites]]
-        return keep, torch.ones(len(settings), profile.num_blocks, dtype=settings.dtype)
+            weights = weights[:, [site.block for site in profile.sites]]
+        return Kept(weights=weights)
 
-    def site_drops(
+    def removed_parts(
         self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> dict[str, int]:
-        """Return the exact dropped weights of every site."""
-        if granularity is Granularity.LAYER:
-            return {
-                site.path: round(v * site.num_weights)
-                for site, v in zip(profile.sites, values, strict=True)
-            }
-        drops: dict[str, int] = {}
-        for block, value in enumerate(values):
-            drops.update(_split_block(_sites(profile, block), value))
-        return drops
-
-    def removed_blocks(self, profile: ModelProfile, values: Sequence[float]) -> frozenset[int]:
-        """Return no block: masks remove none."""
+    ) -> frozenset[int]:
+        """Return no part: masks remove none."""
         return frozenset()
 
-    def apply(self, model: nn.Module, profile: ModelProfile, values: Sequence[float]) -> None:
+    def removed_units(
+        self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
+    ) -> dict[int, int]:
+        """Return nothing: masks leave shapes as they are."""
+        return {}
+
+    def zeroed(
+        self,
+        sites: Sequence[Site],
+        sizes: Sequence[int],
+        values: Sequence[float],
+        granularity: Granularity,
+    ) -> list[int]:
+        """Return the exact dropped weights of every site."""
+        if granularity is Granularity.LAYER:
+            return [round(v * size) for v, size in zip(values, sizes, strict=True)]
+        drops = [0] * len(sizes)
+        for block, value in enumerate(values):
+            own = [k for k, site in enumerate(sites) if site.block == block]
+            for k, count in zip(own, _split_block([sizes[k] for k in own], value), strict=True):
+                drops[k] = count
+        return drops
+
+    def apply(
+        self,
+        model: nn.Module,
+        profile: ModelProfile,
+        values: Sequence[float],
+        granularity: Granularity,
+    ) -> None:
         """Do nothing: masks are cut from the rank store by whoever holds the weights."""
 
 
-def _sites(profile: ModelProfile, block: int) -> list[Site]:
-    return [site for site in profile.sites if site.block == block]
-
-
-def _split_block(sites: list[Site], value: float) -> dict[str, int]:
-    total = sum(site.num_weights for site in sites)
+def _split_block(sizes: Sequence[int], value: float) -> list[int]:
+    total = sum(sizes)
+    if not total:
+        return [0] * len(sizes)
     dropped = round(value * total)
-    drops = {site.path: dropped * site.num_weights // total for site in sites}
-    by_remainder = sorted(sites, key=lambda site: -(dropped * site.num_weights % total))
-    for site in by_remainder[: dropped - sum(drops.values())]:
-        drops[site.path] += 1
+    drops = [dropped * size // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda k: -(dropped * sizes[k] % total))
+    for k in order[: dropped - sum(drops)]:
+        drops[k] += 1
     return drops

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from unicuco.engines.serve_lines import serve_streams
 from unicuco.engines.streaming import CANARY_TOKENS
+from unicuco.engines.vllm_plugin import register
 
 _FIT_MEMORY: Final = -1  # vLLM's word for: the model's context, or less if the cache holds less
 _UNFIT: Final = 70  # exit status
@@ -57,6 +58,7 @@ class StreamingWorker:
     async def do_load(self, question: Mapping[str, Any]) -> dict[str, object]:
         """Start the engine on ``folder``."""
         self._vllm = importlib.import_module("vllm")
+        register()  # also where nothing is installed for vLLM to find it by
         platform = importlib.import_module("vllm.platforms").current_platform
         arguments = importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs(
             model=question["folder"],

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from unicuco.engines.protocol import Sampling, check_prompt_lengths
 from unicuco.engines.serve_lines import serve_lines
+from unicuco.engines.vllm_plugin import register
 from unicuco.errors import RequestError
 
 _FIT_MEMORY: Final = -1  # vLLM's word for: the model's context, or less if the cache holds less
@@ -44,6 +45,7 @@ class VllmWorker:
     def do_load(self, question: Mapping[str, Any]) -> dict[str, object]:
         """Start the engine on ``folder``."""
         self._vllm = importlib.import_module("vllm")
+        register()  # also where nothing is installed for vLLM to find it by
         platform = importlib.import_module("vllm.platforms").current_platform
         on_cpu = bool(platform.is_cpu())
         self._llm = self._vllm.LLM(

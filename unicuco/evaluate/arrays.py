@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unicuco.importance.units import UnitStore
 from unicuco.models import build_skeleton
 from unicuco.objectives import DenseReference
 
@@ -29,12 +30,17 @@ _BFLOAT16: Final = (
 
 
 def pack_model(
-    state: Mapping[str, Tensor], ranks: Mapping[str, Tensor], fisher: Mapping[str, Tensor]
+    state: Mapping[str, Tensor],
+    ranks: Mapping[str, Tensor],
+    fisher: Mapping[str, Tensor],
+    units: UnitStore | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """Name a model's tensors, drop orders and Fisher sums as the arrays of an evaluator."""
+    """Name a model's tensors, drop orders, Fisher sums and units as the arrays of an evaluator."""
     named = {f"state/{name}": tensor for name, tensor in state.items()}
     named |= {f"rank/{path}": tensor for path, tensor in ranks.items()}
     named |= {f"fisher/{path}": tensor for path, tensor in fisher.items()}
+    if units is not None:
+        named |= units.tensors()
     return dict(map(_as_array, named.items()))
 
 

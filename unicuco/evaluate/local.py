@@ -29,6 +29,7 @@ from unicuco.evaluate.measure import (
     windows_of,
 )
 from unicuco.evaluate.sites import SiteWeights
+from unicuco.importance.units import UnitStore
 from unicuco.models import site_module
 from unicuco.objectives import DenseReference
 from unicuco.rows import RowRule
@@ -71,8 +72,11 @@ class LocalEvaluator:
             {site.path: tensors[f"fisher/{site.path}"] for site in sites},
             sites,
             levels=config.levels,
+            units=UnitStore.from_tensors(tensors),
         )
+        self._part_of = {path: p for p, part in enumerate(self._cost.parts) for path in part.sites}
         self._dropped: dict[str, int] = dict.fromkeys((site.path for site in sites), 0)
+        self._units_lost: dict[str, int] = dict.fromkeys((site.path for site in sites), 0)
         self._rows: dict[str, Tensor | None] = {}
 
     @classmethod
@@ -167,17 +171,30 @@ class LocalEvaluator:
         if rows is not None and self.config.levels:
             raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
         drops = self._cost.site_drops(strategy.values)
+        shape = self._cost.shape(strategy.values)
+        units = dict(shape.units)
         with torch.no_grad():
-            for site in self.config.profile.sites:
-                offsets = None if rows is None else rows.of(site.path)
-                same = drops[site.path] == self._dropped[site.path]
-                if not (same and offsets is None and self._rows.get(site.path) is None):
+            for site, zeroed in zip(self.config.profile.sites, shape.zeroed, strict=True):
+                path = site.path
+                offsets = None if rows is None else rows.of(path)
+                lost = units.get(self._part_of[path], 0)
+                same = (drops[path], lost) == (self._dropped[path], self._units_lost[path])
+                if not (same and offsets is None and self._rows.get(path) is None):
                     # Until it is cut, nobody may take it for what it was: a cut may fail.
-                    self._dropped[site.path] = _UNKNOWN
-                    self._cut(site, drops[site.path], offsets)
-                self._rows[site.path] = offsets
-                self._dropped[site.path] = drops[site.path]
+                    self._dropped[path] = _UNKNOWN
+                    if lost:
+                        self._narrow(site, lost, zeroed)
+                    else:
+                        self._cut(site, drops[path], offsets)
+                self._rows[path] = offsets
+                self._dropped[path] = drops[path]
+                self._units_lost[path] = lost
         self._cost.apply(self._model, strategy.values)
+
+    def _narrow(self, site: Site, units_lost: int, num_zeroed: int) -> None:
+        part = self._cost.parts[self._part_of[site.path]]
+        target = _weight(self._model, site).data
+        self._sites.narrow(site, part, units_lost, num_zeroed, target)
 
     def _cut(self, site: Site, num_dropped: int, rows: Tensor | None) -> None:
         self._sites.cut(site, num_dropped, _weight(self._model, site).data, rows=rows)

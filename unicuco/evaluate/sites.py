@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from unicuco.evaluate.rank_window import site_derivative
+from unicuco.importance.units import UnitStore
 from unicuco.levels import LevelDatabase
 from unicuco.pruners import LevelPruner
-from unicuco.ranks import cut
-from unicuco.types import Site
+from unicuco.ranks import cut, narrowed_rank
+from unicuco.types import Part, Site
 
 
 class SiteWeights:
@@ -27,6 +28,7 @@ class SiteWeights:
         fisher: site path -> ``i`` sums over rows of F w^2 / 2 at each rank.
         sites: which.
         levels: folder of the level database that sites are taken from instead of being cut; or "".
+        units: which units of a part stay, where parts are narrowed.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class SiteWeights:
         sites: tuple[Site, ...],
         *,
         levels: str = "",
+        units: UnitStore | None = None,
     ) -> None:
+        self._units = units
         self._dense = {site.path: oriented(dense[site.path], site) for site in sites}
         self._ranks = ranks
         self._fisher = fisher
@@ -62,6 +66,31 @@ class SiteWeights:
             cut(dense, self._ranks[site.path], num_dropped, rows=rows, out=out)
         else:  # weights that are kept in half precision are computed with in float32
             out.copy_(cut(dense, self._ranks[site.path], num_dropped, rows=rows))
+
+    @torch.no_grad()
+    def narrow(
+        self, site: Site, part: Part, units_lost: int, num_zeroed: int, target: Tensor
+    ) -> None:
+        """Write a site's narrowed matrix into ``target``, with zeros where it has nothing.
+
+        Args:
+            site: which.
+            part: that it belongs to.
+            units_lost: units that the part loses.
+            num_zeroed: weights of what is left that become zero.
+            target: the live module's matrix, as it is stored.
+        """
+        assert self._units is not None, "a narrowed part has units"
+        dense = self._dense[site.path].float()
+        rows, columns, matrix = self._units.narrowed(part, units_lost, site, dense)
+        if num_zeroed:
+            rank = narrowed_rank(self._ranks[site.path], rows, columns)
+            matrix = cut(matrix, rank, num_zeroed)
+        out = oriented(target, site).zero_()
+        if columns is not None:
+            out[:, columns] = matrix
+        else:
+            out[rows] = matrix
 
     def slope(self, site: Site, gradient: Tensor | None, num_dropped: int) -> float:
         """Return dKL/ds of a site whose first ``num_dropped`` weights are gone.

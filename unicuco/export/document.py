@@ -1,7 +1,8 @@
 """``strategy.json``: what a variant is, where it comes from and what its files must be.
 
 It is the plan document plus ``format``, ``base_model``, ``run``, ``seed``, ``versions``,
-``dropped_weights`` (site path -> weights set to zero) and ``files`` (name -> sha256). What this
+``dropped_weights`` (site path -> weights set to zero or not stored any more), ``site_weights`` (of
+all sites of the base model; of smaller shapes alone) and ``files`` (name -> sha256). What this
 module does not know: how a variant is cut.
 """
 
@@ -37,7 +38,8 @@ class VariantDocument:
 
     ``base_digest`` is `model_digest` of the model it was cut from, ``base_path`` where that lay
     then (a hint); ``run`` the digest of the run; ``dropped_weights`` (site path, weights set to
-    zero) pairs; ``files`` (name, sha256) pairs.
+    zero or gone) pairs; ``site_weights`` those of all sites of the base (0: as many as are here);
+    ``files`` (name, sha256) pairs.
     """
 
     plan: Plan
@@ -48,6 +50,7 @@ class VariantDocument:
     versions: tuple[tuple[str, str], ...]
     dropped_weights: tuple[tuple[str, int], ...]
     files: tuple[tuple[str, str], ...]
+    site_weights: int = 0
 
     def to_json(self) -> str:
         """Return the file's text; `parse` gives an equal document back."""
@@ -59,6 +62,7 @@ class VariantDocument:
             "seed": self.seed,
             "versions": dict(self.versions),
             "dropped_weights": dict(self.dropped_weights),
+            **({"site_weights": self.site_weights} if self.site_weights else {}),
             "files": dict(self.files),
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -83,6 +87,7 @@ class VariantDocument:
                 versions=tuple((name, _text(value)) for name, value in d["versions"].items()),
                 dropped_weights=tuple((k, int(v)) for k, v in d["dropped_weights"].items()),
                 files=tuple((name, _text(digest)) for name, digest in d["files"].items()),
+                site_weights=int(d.get("site_weights", 0)),
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
-from unicuco.models.access import block_module, read_site, site_module
+from unicuco.models.access import block_module, read_site, silence, site_module
 from unicuco.models.folder import check_model_folder, model_digest, resolve_model, weight_files
 from unicuco.models.lean import import_lean
 
@@ -53,6 +53,7 @@ __all__ = [
     "quiet_transformers",
     "read_site",
     "resolve_model",
+    "silence",
     "site_module",
     "weight_files",
 ]

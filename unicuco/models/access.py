@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from unicuco.types import ModelProfile, Site
 
@@ -23,3 +24,15 @@ def read_site(model: nn.Module, site: Site) -> Tensor:
 def block_module(model: nn.Module, profile: ModelProfile, block: int) -> nn.Module:
     """Return transformer block ``block``."""
     return model.get_submodule(profile.block_paths[block])
+
+
+def silence(module: nn.Module) -> RemovableHandle:
+    """Make a module whose output is added to the residual stream add nothing, until removed."""
+    return module.register_forward_hook(_zeroed)
+
+
+# Any: a module returns a tensor or a tuple that starts with it, whatever the family.
+def _zeroed(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (output[0].new_zeros(output[0].shape), *output[1:])
+    return output.new_zeros(output.shape)

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from unicuco.models.parts import count_parts
 from unicuco.types import ModelProfile
 
 _ITEM_BYTES: Final = {
@@ -58,13 +59,20 @@ def with_stored_bytes(
     types = _stored_types(files)
     blocks = [0] * profile.num_blocks
     total = 0
+    items: dict[str, int] = {}
     for name, parameter in model.named_parameters():  # tied ones once
-        num_bytes = parameter.numel() * _item_bytes(name, parameter, types)
+        items[name] = _item_bytes(name, parameter, types)
+        num_bytes = parameter.numel() * items[name]
         total += num_bytes
         for block, path in enumerate(profile.block_paths):
             if name.startswith(f"{path}."):
                 blocks[block] += num_bytes
-    return replace(profile, total_bytes=total, block_bytes=tuple(blocks))
+    return replace(
+        profile,
+        total_bytes=total,
+        block_bytes=tuple(blocks),
+        parts=count_parts(profile.parts, profile.sites, model, items),
+    )
 
 
 def _stored_types(files: Sequence[Path]) -> dict[str, str]:

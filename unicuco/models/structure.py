@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unicuco.errors import ModelError
+from unicuco.models.parts import find_parts
 from unicuco.types import ModelProfile, Site
 
 _PROBE_TOKENS: Final = 8
@@ -32,7 +33,7 @@ _LOOKED_FOR: Final = (
 def profile_model(model: PreTrainedModel, *, digest: str) -> ModelProfile:
     """Find the blocks and sites of a model and count its parameters.
 
-    Runs two forward passes of at most 8 tokens.
+    Runs four forward passes of at most 8 tokens.
 
     Args:
         model: with real weights, in eval mode.
@@ -53,18 +54,20 @@ def profile_model(model: PreTrainedModel, *, digest: str) -> ModelProfile:
     sites = _find_sites(path, blocks, outside)
     _check_all_ran(name, sites, ran)
     params, num_bytes = _count_blocks(name, blocks, sites, outside)
+    block_paths = tuple(f"{path}.{index}" for index in range(len(blocks)))
     unique = _unique(model.parameters())
     return ModelProfile(
         digest=digest,
         architecture=name,
         sites=sites,
-        block_paths=tuple(f"{path}.{index}" for index in range(len(blocks))),
+        block_paths=block_paths,
         block_params=params,
         block_bytes=num_bytes,
         total_params=sum(p.numel() for p in unique),
         total_bytes=sum(p.numel() * p.element_size() for p in unique),
         vocabulary_size=int(logits.shape[-1]),
         max_context=_max_context(model),
+        parts=find_parts(model, block_paths, sites, lambda: _run(model, first)),
     )
 
 

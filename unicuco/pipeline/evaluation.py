@@ -63,8 +63,9 @@ def evaluate_variant(
         ModelError: no usable model, one that predicts NaN, or a reference with another vocabulary.
         TextError: the text can't be read or is too short.
     """
+    site_weights = 0
     if (Path(folder) / DOCUMENT_NAME).is_file():
-        read_variant(Path(folder))
+        site_weights = read_variant(Path(folder)).site_weights
     model, *others = open_predictors(folder, *([] if reference is None else [reference]))
     dense = others[0] if others else None
     loaded = model.loaded
@@ -87,7 +88,7 @@ def evaluate_variant(
     return EvaluationReport(
         perplexity=perplexity_of(nll),
         kl=kl,
-        sparsity=model.sparsity(),
+        sparsity=model.sparsity(site_weights),
         tokens=windows.numel(),
         context=windows.shape[1],
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RunError, StorageError, UnicucoError
+from unicuco.importance.units import UNITS
 from unicuco.levels import LevelDatabase
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.dense import JudgeWindows
@@ -35,7 +36,7 @@ from unicuco.search.drive import AskTell, Pool, Progress, drive
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.stratnet import StratNet, StratNetAllocator
 from unicuco.surrogate import GaussianProcess, Intervals, Surrogate, TaskSurrogates
-from unicuco.types import Evaluation, Strategy
+from unicuco.types import Evaluation, ServedAs, Strategy
 
 _DATABASE: Final = "evaluations.db"
 _FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
@@ -239,7 +240,8 @@ def _validate(
         )
     ]
     context = allocation_context(prepared)
-    rivals = [sparsity for sparsity in _RIVAL_SPARSITIES if sparsity <= high]
+    # What a strategy of weights alone costs says nothing of shapes.
+    rivals = [s for s in _RIVAL_SPARSITIES if s <= high and space.cost.served_as is ServedAs.MASK]
     for name in ("uniform", "fisher"):
         strategies = ALLOCATORS[name](context).allocate(rivals)
         asked += [
@@ -356,7 +358,13 @@ def _write(
         "validation": validation,
         "files": {
             name: file_digest(folder / name)
-            for name in ("stratnet.safetensors", "surrogate.safetensors", "fisher.safetensors")
+            for name in (
+                "stratnet.safetensors",
+                "surrogate.safetensors",
+                "fisher.safetensors",
+                UNITS,
+            )
+            if (folder / name).is_file()
         },
     }
     run = Run(folder, manifest, base=None)

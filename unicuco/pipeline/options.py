@@ -16,6 +16,7 @@ from unicuco.importance import METRICS
 from unicuco.pruners import LEVEL_PRUNERS
 from unicuco.search import SEARCHES
 from unicuco.search.drive import Progress
+from unicuco.types import ServedAs
 
 ProgressSink = Callable[[Progress], None]
 
@@ -23,7 +24,7 @@ ProgressSink = Callable[[Progress], None]
 # derivatives at 3 units, and 24 units of preparation and validation, are 105; the published preset
 # spends 110 on values (PAPERS.md, section 1b).
 DEFAULT_EVALUATIONS: Final = {"default": 27, "paper": 110}
-_UNITS_WITH_DERIVATIVES: Final = 3  # levels know values only: as many more for the same units
+_UNITS_WITH_DERIVATIVES: Final = 3  # levels and shapes know values only: more of them, then
 MIN_EVALUATIONS: Final = 4
 _TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -69,14 +70,21 @@ class LearnOptions:
         _one_of("calibration-sampling", self.calibration_sampling, Sampling)
         for name in self.dimensions:
             _one_of("dimensions", name, DIMENSIONS)
-        if self.dimensions != ("sparsity",):
+        if not self.dimensions or len(set(self.dimensions)) < len(self.dimensions):
+            raise RequestError("dimensions must be different names, one or more")
+        if self.shrinks and (self.has_levels or self.tasks):
+            what = f"pruner {self.pruner}" if self.has_levels else "task"
             raise RequestError(
-                "this version learns and cuts the dimension sparsity alone; "
+                f"{what} goes with the dimension sparsity alone in this version; "
                 "give --dimensions sparsity"
             )
         if self.shards > 1 and self.has_levels:
             raise RequestError(
                 f"pruner {self.pruner} builds levels of whole models: shards must be 1"
+            )
+        if self.shards > 1 and self.shrinks:
+            raise RequestError(
+                "shards judge the dimension sparsity alone, no smaller shapes: shards must be 1"
             )
         if self.shards > 1 and self.calibration_sampling != Sampling.EVEN:
             raise RequestError("clustered sampling embeds text by a whole model: shards must be 1")
@@ -116,12 +124,19 @@ class LearnOptions:
         return tuple(name for name, _ in self.tasks)
 
     @property
+    def shrinks(self) -> bool:
+        """Whether variants have smaller shapes."""
+        return any(DIMENSIONS[name].served_as is ServedAs.SHRINK for name in self.dimensions)
+
+    @property
     def num_evaluations(self) -> int:
         """Strategies to ask in all."""
         if self.evaluations is not None:
             return self.evaluations
-        derives = self.preset == "default" and self.has_levels
-        return DEFAULT_EVALUATIONS[self.preset] * (_UNITS_WITH_DERIVATIVES if derives else 1)
+        knows_values_only = self.preset == "default" and (self.has_levels or self.shrinks)
+        return DEFAULT_EVALUATIONS[self.preset] * (
+            _UNITS_WITH_DERIVATIVES if knows_values_only else 1
+        )
 
     @property
     def has_levels(self) -> bool:

@@ -43,6 +43,7 @@ class _Front:
     predictions: list[Prediction]
     upper: Tensor
     quality: Tensor
+    num_bytes: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,9 @@ class Planner:
             except UnicucoError as error:
                 answers.append(error)
         targets = [answer for answer in answers if isinstance(answer, float)]
-        strategies = iter(self._strategies(targets, weightings))
+        met = [r for r, answer in zip(requests, answers, strict=True) if isinstance(answer, float)]
+        over_sites = [r.target is Target.SPARSITY for r in met]
+        strategies = iter(self._strategies(targets, weightings, over_sites))
         return [
             answer if isinstance(answer, UnicucoError) else self._plan(request, *next(strategies))
             for request, answer in zip(requests, answers, strict=True)
@@ -119,13 +122,18 @@ class Planner:
         if weights not in self._fronts:
             # Of the exact strategies, so that what ``max_kl`` reads here is what its plan will say.
             grid = self._grid.tolist()
-            predictions = [p for _, p in self._strategies(grid, [weights] * len(grid))]
+            answers = self._strategies(grid, [weights] * len(grid))
+            predictions = [p for _, p in answers]
+            sizes = [self.space.cost.num_bytes(strategy.values) for strategy, _ in answers]
             highs = torch.tensor([p.hi95 for p in predictions], dtype=torch.float64)
             means = torch.tensor([p.mean for p in predictions], dtype=torch.float64)
             if len(self._fronts) >= _MAX_FRONTS:
                 self._fronts = {None: self._fronts[None]}
             self._fronts[weights] = _Front(
-                predictions=predictions, upper=highs.cummax(0).values, quality=_quality(means)
+                predictions=predictions,
+                upper=highs.cummax(0).values,
+                quality=_quality(means),
+                num_bytes=torch.tensor(sizes),
             )
         return self._fronts[weights]
 
@@ -153,8 +161,12 @@ class Planner:
         return torch.tensor([w or even for w in weightings], dtype=torch.float64)
 
     def _strategies(
-        self, sparsities: list[float], weightings: Sequence[_Weights]
+        self,
+        sparsities: list[float],
+        weightings: Sequence[_Weights],
+        over_sites: Sequence[bool] = (),
     ) -> list[tuple[Strategy, Prediction]]:
+        """Answer targets; those ``over_sites`` are reached by what sites lose alone."""
         if not sparsities:
             return []
         targets = torch.tensor(sparsities, dtype=torch.float64)
@@ -164,8 +176,25 @@ class Planner:
         units = self._allocator.units(targets.clamp(min=self._low), weights)
         budgets = [self.space.kept_for_sparsity(sparsity) for sparsity in sparsities]
         strategies = self.space.decode_exact(units, budgets)
+        shrinks = self.space.cost.served_as is ServedAs.SHRINK
+        for k, sparsity in enumerate(sparsities if shrinks and over_sites else ()):
+            if over_sites[k]:
+                strategies[k] = self._reach(units[k : k + 1], strategies[k], sparsity)
         predictions = self._predict(self.space.encode(strategies), weights)
         return list(zip(strategies, predictions, strict=True))
+
+    def _reach(self, unit: Tensor, strategy: Strategy, sparsity: float) -> Strategy:
+        """Lower the budget by what norms and biases took of it, until the sites lose enough."""
+        cost = self.space.cost
+        budget = self.space.kept_for_sparsity(sparsity)
+        wanted = cost.total_params - budget
+        fewest, _ = self.space.kept_range()
+        while (lost := sum(cost.site_drops(strategy.values).values())) < wanted:
+            if budget <= fewest:
+                raise self._outside(f"sparsity {sparsity:g}", f"{self._high:g}", self._high)
+            budget = max(fewest, budget - (wanted - lost))
+            (strategy,) = self.space.decode_exact(unit, [budget])
+        return strategy
 
     def _predict(self, points: Tensor, weights: Tensor | None) -> list[Prediction]:
         predictions = self._forecast.predict(points, weights)
@@ -184,14 +213,16 @@ class Planner:
             kept_params=kept,
             total_params=cost.total_params,
             num_bytes=cost.num_bytes(strategy.values),
-            served_as=ServedAs.MASK,
+            served_as=cost.served_as,
             kl=kl,
         )
 
     def _sparsity_of(self, request: Request, weights: _Weights) -> float:
-        if request.served_as not in (None, ServedAs.MASK):
+        served_as = self.space.cost.served_as
+        if request.served_as not in (None, served_as):
+            learned = "masks" if served_as is ServedAs.MASK else "smaller shapes"
             raise InfeasibleRequestError(
-                f"this run learned masks only; it can't serve a variant as {request.served_as}"
+                f"this run learned {learned} only; it can't serve a variant as {request.served_as}"
             )
         value = request.value
         if request.target is Target.SPARSITY:
@@ -201,7 +232,7 @@ class Planner:
         if request.target is Target.MAX_PARAMS:
             return self._of_params(int(value))
         if request.target is Target.MAX_BYTES:
-            return self._of_bytes(int(value))
+            return self._of_bytes(int(value), self._front_of(weights))
         if request.target is Target.MAX_KL:
             return self._of_kl(value, self._front_of(weights))
         return self._of_preference(value, self._front_of(weights))
@@ -220,15 +251,21 @@ class Planner:
             nearest=nearest,
         )
 
-    def _of_bytes(self, wanted: int) -> float:
+    def _of_bytes(self, wanted: int, front: _Front) -> float:
         dense = self.space.cost.num_bytes([0.0] * self.space.num_axes)
-        if wanted < dense:
+        if wanted >= dense:
+            return 0.0
+        if self.space.cost.served_as is ServedAs.MASK:
             raise InfeasibleRequestError(
                 f"max_bytes {wanted:,} can't be met: a mask stores its zeros, "
                 f"so every variant of this run takes {dense:,} bytes",
                 nearest=float(dense),
             )
-        return 0.0
+        fits = (front.num_bytes <= wanted).nonzero()[:, 0]
+        if not len(fits):
+            least = int(front.num_bytes.min())
+            raise self._outside(f"max_bytes {wanted:,}", f"{least:,}", least)
+        return float(self._grid[int(fits[0])])
 
     def _of_kl(self, bound: float, front: _Front) -> float:
         fits = int((front.upper * (1 + 1e-6) <= bound).sum())  # the last bits depend on the batch

@@ -34,8 +34,11 @@ class Predictor(Protocol):
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
         """Yield ``b x t x v`` float32 logits of ``n x t`` tokens, some windows at a time."""
 
-    def sparsity(self) -> float:
-        """Return the share of site weights that are zero."""
+    def sparsity(self, site_weights: int = 0) -> float:
+        """Return the share of site weights that are zero or, of so many in the dense model, gone.
+
+        ``site_weights`` of 0: as many as there are here.
+        """
 
 
 class WholePredictor:
@@ -54,11 +57,11 @@ class WholePredictor:
         for batch in windows.split(_WINDOWS_PER_PASS):
             yield self.loaded.model(input_ids=batch, use_cache=False).logits.float()
 
-    def sparsity(self) -> float:
+    def sparsity(self, site_weights: int = 0) -> float:
         """Count the zeros."""
         sites = self.loaded.profile.sites
         zeros = sum(int((read_site(self.loaded.model, site) == 0).sum()) for site in sites)
-        return zeros / self.loaded.profile.num_site_weights
+        return _sparsity(zeros, self.loaded, site_weights)
 
 
 class BlockwisePredictor:
@@ -78,9 +81,15 @@ class BlockwisePredictor:
         """Yield the logits of one window at a time."""
         return (logits[None] for logits in self._streamed.logits(list(windows.split(1))))
 
-    def sparsity(self) -> float:
+    def sparsity(self, site_weights: int = 0) -> float:
         """Count the zeros block by block."""
-        return self._streamed.count_zeros() / self.loaded.profile.num_site_weights
+        return _sparsity(self._streamed.count_zeros(), self.loaded, site_weights)
+
+
+def _sparsity(zeros: int, loaded: LoadedModel, site_weights: int) -> float:
+    here = loaded.profile.num_site_weights
+    dense = site_weights or here
+    return (zeros + dense - here) / dense
 
 
 def open_predictors(*names: Path | str) -> list[Predictor]:

@@ -26,12 +26,14 @@ from unicuco.errors import RunError
 from unicuco.evaluate import EvaluatorConfig
 from unicuco.evaluate.arrays import Arrays, pack_model
 from unicuco.importance import METRICS
+from unicuco.importance.units import UnitStore, build_units
 from unicuco.models import LoadedModel, load_tokenizer
 from unicuco.pipeline import levelling
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.dense import DenseModel, JudgeWindows, open_dense, pack_dense_text
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
+from unicuco.pipeline.shrinking import check_shapes, highest_sparsity, units_of
 from unicuco.pipeline.texts import (
     LearningSource,
     LearningTexts,
@@ -73,6 +75,7 @@ class Prepared:
     context: int
     costs: tuple[Measurement, ...]
     levels: levelling.Levels | None = None
+    units: UnitStore | None = None
 
     @property
     def loaded(self) -> LoadedModel:
@@ -86,7 +89,7 @@ class Prepared:
 
     def model_arrays(self) -> Arrays:
         """Return the model's arrays for evaluators."""
-        return pack_model(self.dense.state(), self.ranks.ranks, self.fisher)
+        return pack_model(self.dense.state(), self.ranks.ranks, self.fisher, self.units)
 
     def text_arrays(self, text: TokenSet) -> Arrays:
         """Return a text's arrays for evaluators; runs the dense model once over it."""
@@ -163,6 +166,7 @@ def prepare(
     Raises:
         RequestError: more shards than the model has blocks.
         StorageError: the disk hasn't room for the levels.
+        VariantError: variants of these dimensions could not be written of this model.
     """
     progress(Progress(stage="load", done=0, total=1, detail=options.model))
     with open_dense(options.model, folder, whole=options.shards == 1) as dense:
@@ -178,6 +182,7 @@ def _prepare(
 ) -> Prepared:
     loaded = dense.loaded
     check_shards(options.shards, loaded.profile.num_blocks)
+    check_shapes(options, loaded)
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
     texts = read_texts(options, tokenizer, context)
@@ -202,6 +207,14 @@ def _prepare(
         levels.check_room()
     ranks = _ranks(options, folder, dense, texts, costs, progress)
     fisher = _fisher(options, folder, dense, texts, ranks, costs, progress)
+    units = units_of(
+        options,
+        folder,
+        lambda: _counted(
+            lambda: build_units(loaded, texts.calibration), "units", 1.0, texts, costs
+        ),
+        progress,
+    )
     return Prepared(
         dense=dense,
         texts=texts,
@@ -211,6 +224,7 @@ def _prepare(
         context=context,
         costs=tuple(costs),
         levels=levels,
+        units=units,
         evaluator=EvaluatorConfig(
             model_config=loaded.model.config.to_json_string(),
             profile=loaded.profile,
@@ -256,7 +270,7 @@ def _search_config(
         dimensions=options.dimensions,
         granularity=granularity,
         curves=curves(fisher),
-        sparsity_range=(MIN_SPARSITY, options.max_sparsity),
+        sparsity_range=(MIN_SPARSITY, min(options.max_sparsity, highest_sparsity(space))),
         seed=options.seed,
         surrogate=SurrogateOptions() if levels is None else SurrogateOptions(directions=0),
         level_step=0 if levels is None else levels.plan.step,

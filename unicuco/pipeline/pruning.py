@@ -36,6 +36,7 @@ def prune(run: Run, request: Request, out: Path) -> Plan:
         profile=run.profile,
         ranks=run.ranks,
         levels=run.levels,
+        units=run.units,
         space=run.planner.space,
         plan=answer,
         provenance={"run": run.digest, "seed": run.seed},

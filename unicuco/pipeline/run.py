@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import ModelError, RunError, UnicucoError
+from unicuco.importance.units import UNITS, UnitStore
 from unicuco.levels import FOLDER as LEVELS
 from unicuco.levels import LevelDatabase
 from unicuco.models import model_digest, resolve_model
@@ -30,7 +31,7 @@ from unicuco.surrogate import (
     TaskSurrogates,
     TextForecast,
 )
-from unicuco.types import ModelProfile, Plan, Request, Site
+from unicuco.types import ModelProfile, Part, Plan, Request, Site
 
 MANIFEST: Final = "run.json"
 FORMAT: Final = 2
@@ -134,6 +135,13 @@ class Run:
         return database
 
     @cached_property
+    def units(self) -> UnitStore | None:
+        """Which units of a part stay, where parts are narrowed; none: they aren't."""
+        if "width" not in self.manifest["options"]["dimensions"]:
+            return None
+        return UnitStore.from_tensors(load_tensors(self.folder / UNITS))
+
+    @cached_property
     def base_folder(self) -> Path:
         """The base model's folder, checked to be the model that was learned.
 
@@ -226,4 +234,10 @@ def _profile(document: dict[str, Any]) -> ModelProfile:
         name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
     }
     fields["sites"] = tuple(Site(**site) for site in document["sites"])
+    fields["parts"] = tuple(map(_part, document.get("parts", ())))  # older runs name none
     return ModelProfile(**fields)
+
+
+def _part(document: dict[str, Any]) -> Part:
+    lists = {name: tuple(document[name]) for name in ("modules", "sites")}
+    return Part(**{**document, **lists})

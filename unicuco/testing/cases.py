@@ -18,6 +18,7 @@ from unicuco.evaluate import EvaluatorConfig, LocalEvaluator, dense_reference
 from unicuco.evaluate.arrays import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
 from unicuco.importance.fisher import fisher_rank_sums
+from unicuco.importance.units import UnitStore, build_units
 from unicuco.models import LoadedModel, load_model, load_tokenizer, quiet_transformers
 from unicuco.ranks import RankStore, build_ranks
 from unicuco.space import StrategySpace
@@ -40,6 +41,7 @@ class EvaluationCase:
     arrays: Arrays
     space: StrategySpace
     curves: AxisCurves
+    units: UnitStore | None = None
 
     @property
     def context(self) -> AllocationContext:
@@ -118,6 +120,7 @@ def make_evaluation_case(
         folder=str(loaded.folder.resolve()),
     )
     text = pack_text(tokens.ids, dense_reference(loaded.model, tokens.ids))
+    units = build_units(loaded, calibration) if "width" in dimensions else None
     return EvaluationCase(
         loaded=loaded,
         tokens=tokens,
@@ -125,9 +128,10 @@ def make_evaluation_case(
         ranks=ranks,
         fisher=fisher,
         config=config,
-        arrays={**pack_model(state, ranks, fisher), **text},
+        arrays={**pack_model(state, ranks, fisher, units), **text},
         space=space,
         curves=AxisCurves.from_fisher(space, loaded.profile, granularity, fisher),
+        units=units,
     )
 
 

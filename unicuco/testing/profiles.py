@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unicuco.types import ModelProfile, Site
+from unicuco.types import ModelProfile, Part, Site
 
 
 def make_profile(
@@ -30,6 +30,7 @@ def make_profile(
         for b in range(len(blocks))
     )
     total = outside_params + sum(block_params)
+    parts = tuple(part for b in range(len(blocks)) for part in _parts(sites, b, extra_params))
     return ModelProfile(
         digest="0" * 64,
         architecture="None",
@@ -41,4 +42,36 @@ def make_profile(
         total_bytes=2 * total,
         vocabulary_size=16,
         max_context=32,
+        parts=parts,
     )
+
+
+def _parts(sites: Sequence[Site], block: int, extra_params: int) -> list[Part]:
+    """Divide a block: its first site with 2 extra parameters, and the others with the rest."""
+    own = [site for site in sites if site.block == block]
+    groups = [group for group in (own[:1], own[1:]) if group]
+    extras = [2, extra_params - 2] if len(groups) == 2 else [extra_params]
+    counts = [
+        extra + sum(site.num_weights for site in group)
+        for group, extra in zip(groups, extras, strict=True)
+    ]
+    return [
+        Part(
+            block=block,
+            modules=(f"blocks.{block}.norm_{k}", f"blocks.{block}.part_{k}"),
+            sites=tuple(site.path for site in group),
+            num_params=count,
+            num_bytes=2 * count,
+            **_units(group),
+        )
+        for k, (group, count) in enumerate(zip(groups, counts, strict=True))
+    ]
+
+
+def _units(group: Sequence[Site]) -> dict[str, int]:
+    """Make a part of as many units as its last matrix has columns, if the other rows divide so."""
+    count = group[-1].num_columns
+    if any(site.num_rows % count for site in group[:-1]):
+        return {}
+    params = sum(site.num_weights // count for site in group)
+    return {"num_units": count, "unit_params": params, "unit_bytes": 2 * params}

@@ -15,7 +15,8 @@ from unicuco.models import load_model
 from unicuco.ranks import RankStore, rank_rows
 from unicuco.rows import RowRule
 from unicuco.space import StrategySpace
-from unicuco.types import ModelProfile, Plan, Prediction, Request, ServedAs, Strategy, Target
+from unicuco.testing.cases import EvaluationCase
+from unicuco.types import ModelProfile, Plan, Prediction, Request, Strategy, Target
 
 PROVENANCE: Final[Mapping[str, object]] = {"run": "0" * 64, "seed": 7}
 
@@ -96,7 +97,34 @@ def make_plan(profile: ModelProfile, space: StrategySpace, strategy: Strategy) -
         sparsity=sparsity,
         kept_params=space.cost.kept_params(strategy.values),
         total_params=profile.total_params,
-        num_bytes=profile.total_bytes,
-        served_as=ServedAs.MASK,
+        num_bytes=space.cost.num_bytes(strategy.values),
+        served_as=space.cost.served_as,
         kl=Prediction(mean=0.1, lo95=0.05, hi95=0.2),
     )
+
+
+def write_shrunk_case(
+    case: EvaluationCase, settings: Mapping[str, float], out: Path, *, folder: Path | None = None
+) -> Strategy:
+    """Write the variant of some settings, all others at nothing, and return its strategy.
+
+    Args:
+        case: prepared with the dimensions.
+        settings: axis name -> value.
+        out: the variant's folder.
+        folder: of the base, where it is not the case's own.
+    """
+    names = case.space.names
+    assert settings.keys() <= set(names), "settings are of the case's axes"
+    strategy = Strategy(settings=tuple((name, settings.get(name, 0.0)) for name in names))
+    write_variant(
+        out,
+        base=folder or case.loaded.folder,
+        profile=case.loaded.profile,
+        ranks=RankStore(metric="wanda", ranks=case.ranks),
+        space=case.space,
+        plan=make_plan(case.loaded.profile, case.space, strategy),
+        provenance=PROVENANCE,
+        units=case.units,
+    )
+    return strategy

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from torch import nn
 from unicuco.dimensions import DIMENSIONS, Granularity, ProductCost, build_cost, build_space
 from unicuco.dimensions.depth import Depth
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY, Sparsity
+from unicuco.dimensions.width import Width
 from unicuco.errors import RequestError
 from unicuco.models import block_module, read_site
 from unicuco.testing.dimension import DimensionContract
 from unicuco.testing.profiles import make_profile
 from unicuco.testing.tiny import FAMILIES, build_tiny
+from unicuco.types import ModelProfile
 
 PROFILE = make_profile([[(40, 60), (80, 30)], [(50, 50), (20, 90)], [(60, 60)]])
 
@@ -28,13 +31,23 @@ class TestDepth(DimensionContract):
     dimension = Depth()
 
 
+class TestWidth(DimensionContract):
+    dimension = Width()
+    families = frozenset({"llama", "qwen2"})
+
+
 def test_every_dimension_has_a_contract_test() -> None:
-    tested = {TestSparsity.dimension.name, TestDepth.dimension.name}
+    tested = {kind.dimension.name for kind in (TestSparsity, TestDepth, TestWidth)}
     assert set(DIMENSIONS) == tested
     assert all(name == dimension.name for name, dimension in DIMENSIONS.items())
 
 
 # --- sparsity -----------------------------------------------------------------------------------
+
+
+def zeroed(profile: ModelProfile, values: list[float], granularity: Granularity) -> list[int]:
+    sizes = [site.num_weights for site in profile.sites]
+    return Sparsity().zeroed(profile.sites, sizes, values, granularity)
 
 
 def test_layer_granularity_counts_the_weights_of_each_site() -> None:
@@ -43,8 +56,7 @@ def test_layer_granularity_counts_the_weights_of_each_site() -> None:
     assert [axis.num_steps for axis in axes] == [2400, 2400, 2500, 1800, 3600]
     assert {(axis.low, axis.high) for axis in axes} == {(0.0, MAX_SITE_SPARSITY)}
     values = [k / axis.num_steps for k, axis in zip((1, 2, 3, 1700, 0), axes, strict=True)]
-    drops = Sparsity().site_drops(PROFILE, values, Granularity.LAYER)
-    assert list(drops.values()) == [1, 2, 3, 1700, 0]
+    assert zeroed(PROFILE, values, Granularity.LAYER) == [1, 2, 3, 1700, 0]
 
 
 @given(st.data())
@@ -55,13 +67,13 @@ def test_block_granularity_splits_a_block_exactly_and_in_proportion(data: st.Dat
     axes = Sparsity().axes(profile, Granularity.BLOCK)
     counts = [data.draw(st.integers(0, axis.num_steps)) for axis in axes]
     values = [count / axis.num_steps for count, axis in zip(counts, axes, strict=True)]
-    drops = Sparsity().site_drops(profile, values, Granularity.BLOCK)
+    drops = zeroed(profile, values, Granularity.BLOCK)
     for block, (count, axis) in enumerate(zip(counts, axes, strict=True)):
-        sites = [site for site in profile.sites if site.block == block]
-        assert sum(drops[site.path] for site in sites) == count
-        for site in sites:
-            assert abs(drops[site.path] - count * site.num_weights / axis.num_steps) < 1
-            assert 0 <= drops[site.path] <= site.num_weights
+        own = [(s, n) for s, n in zip(profile.sites, drops, strict=True) if s.block == block]
+        assert sum(dropped for _, dropped in own) == count
+        for site, dropped in own:
+            assert abs(dropped - count * site.num_weights / axis.num_steps) < 1
+            assert 0 <= dropped <= site.num_weights
 
 
 def test_a_larger_block_setting_drops_no_fewer_weights_than_one_less_of_any_site() -> None:
@@ -69,8 +81,7 @@ def test_a_larger_block_setting_drops_no_fewer_weights_than_one_less_of_any_site
     axis = Sparsity().axes(PROFILE, Granularity.BLOCK)[0]
     before = [0, 0]
     for count in range(0, axis.max_step, 7):
-        drops = Sparsity().site_drops(PROFILE, [count / axis.num_steps, 0, 0], Granularity.BLOCK)
-        now = [drops[site.path] for site in PROFILE.sites[:2]]
+        now = zeroed(PROFILE, [count / axis.num_steps, 0, 0], Granularity.BLOCK)[:2]
         assert all(new >= old - 1 for new, old in zip(now, before, strict=True))
         before = now
 
@@ -93,7 +104,8 @@ def test_a_removed_block_is_skipped_exactly(family: str, removed: tuple[int, ...
 
         return hook
 
-    Depth().apply(model, profile, [float(block in removed) for block in range(2)])
+    values = [float(block in removed) for block in range(2)]
+    Depth().apply(model, profile, values, Granularity.BLOCK)
     for block in range(2):  # after the dimension's own hooks: what the next module gets
         module = block_module(model, profile, block)
         module.register_forward_hook(watch(block), with_kwargs=True)
@@ -106,10 +118,10 @@ def test_a_removed_block_is_skipped_exactly(family: str, removed: tuple[int, ...
 def test_the_model_without_a_block_is_the_model_built_without_it() -> None:
     model, profile = build_tiny("llama")
     ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(2))
-    Depth().apply(model, profile, [1.0, 0.0])
+    Depth().apply(model, profile, [1.0, 0.0], Granularity.BLOCK)
     with torch.no_grad():
         skipped = model(input_ids=ids, use_cache=False).logits
-    Depth().apply(model, profile, [0.0, 0.0])
+    Depth().apply(model, profile, [0.0, 0.0], Granularity.BLOCK)
     inner = model.get_submodule("model")
     inner.layers = nn.ModuleList([inner.get_submodule("layers.1")])
     model.config.num_hidden_layers = 1
@@ -117,8 +129,63 @@ def test_the_model_without_a_block_is_the_model_built_without_it() -> None:
         assert torch.equal(skipped, model(input_ids=ids, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_parts_of_a_block_hold_all_its_parameters_and_add_up(family: str) -> None:
+    _, profile = build_tiny(family)
+    assert [part.block for part in profile.parts] == [0, 0, 1, 1]
+    for block in range(2):
+        own = [part for part in profile.parts if part.block == block]
+        assert sum(part.num_params for part in own) == profile.block_params[block]
+        assert sum(part.num_bytes for part in own) == profile.block_bytes[block]
+        sites = [site.path for site in profile.sites if site.block == block]
+        assert [path for part in own for path in part.sites] == sites
+    assert all((part.num_units > 0) == (family in ("llama", "qwen2")) for part in profile.parts)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("removed", [0, 1, 2, 3])
+def test_a_removed_part_adds_nothing_and_the_rest_runs(family: str, removed: int) -> None:
+    model, profile = build_tiny(family)
+    ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(1))
+    values = [float(p == removed) for p in range(4)]
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits
+        Depth().apply(model, profile, values, Granularity.LAYER)
+        without = model(input_ids=ids, use_cache=False).logits
+        # Its last matrix writes what is added: nothing, once weights and biases are zero.
+        Depth().apply(model, profile, [0.0] * 4, Granularity.LAYER)
+        last = model.get_submodule(profile.parts[removed].sites[-1])
+        for parameter in last.parameters():
+            parameter.zero_()
+        zeroed = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(without, zeroed)
+    assert not torch.equal(without, dense)
+
+
+def test_a_block_without_its_parts_is_a_removed_block() -> None:
+    model, profile = build_tiny("qwen2")
+    ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(3))
+    by_part = build_cost(profile, ("depth",), Granularity.LAYER)
+    by_block = build_cost(profile, ("depth",), Granularity.BLOCK)
+    assert by_part.shape([0, 0, 1, 1]) == by_block.shape([0, 1])
+    by_part.apply(model, [0, 0, 1, 1])
+    with torch.no_grad():
+        parts_gone = model(input_ids=ids, use_cache=False).logits
+        by_part.apply(model, [0] * 4)
+        by_block.apply(model, [0, 1])
+        assert torch.equal(parts_gone, model(input_ids=ids, use_cache=False).logits)
+
+
+def test_parts_that_cannot_be_told_apart_leave_whole_blocks() -> None:
+    profile = replace(PROFILE, parts=())
+    with pytest.raises(RequestError, match="give --granularity block"):
+        build_space(profile, ("depth",))
+    cost = build_cost(profile, ("depth",), Granularity.BLOCK)
+    assert cost.kept_params([0, 1, 0]) == profile.total_params - profile.block_params[1]
+
+
 def test_a_removed_block_takes_everything_in_it_out_of_the_count() -> None:
-    cost = build_cost(PROFILE, ("depth",), Granularity.LAYER)
+    cost = build_cost(PROFILE, ("depth",), Granularity.BLOCK)
     values = [0.0, 1.0, 0.0]
     assert cost.kept_params(values) == PROFILE.total_params - PROFILE.block_params[1]
     assert cost.num_bytes(values) == PROFILE.total_bytes - PROFILE.block_bytes[1]
@@ -133,18 +200,18 @@ def test_dimensions_meet_as_a_product() -> None:
     cost = build_cost(PROFILE, ("depth", "sparsity"), Granularity.LAYER)
     assert [part.name for part in cost.dimensions] == ["sparsity", "depth"]
     sparsity = [0.5, 0.25, 0.5, 0.5, 0.0]
-    both = [*sparsity, 0.0, 1.0, 0.0]
+    both = [*sparsity, 0.0, 0.0, 1.0, 1.0, 0.0]  # both parts of block 1
     assert cost.kept_params(both) == PROFILE.total_params - PROFILE.block_params[1] - 1200 - 600
     relaxed = cost.kept(torch.tensor([both], dtype=torch.float64))
     assert float(relaxed[0]) == cost.kept_params(both)
-    half = cost.kept(torch.tensor([[*sparsity, 0.0, 0.5, 0.0]], dtype=torch.float64))
+    half = cost.kept(torch.tensor([[*sparsity, 0.0, 0.0, 0.5, 0.5, 0.0]], dtype=torch.float64))
     block = PROFILE.block_params[1] - 1250 - 900  # what is left of it
-    assert float(half[0]) == pytest.approx(cost.kept_params([*sparsity, 0, 0, 0]) - block / 2)
+    assert float(half[0]) == pytest.approx(cost.kept_params([*sparsity, *[0] * 5]) - block / 2)
 
 
 @pytest.mark.parametrize("dimensions", [(), ("sparsity", "sparsity"), ("sparcity",)])
 def test_dimensions_are_known_and_different(dimensions: tuple[str, ...]) -> None:
-    with pytest.raises(RequestError, match="different names out of sparsity, depth; got"):
+    with pytest.raises(RequestError, match="different names out of sparsity, depth, width; got"):
         build_space(PROFILE, dimensions)
 
 
@@ -155,7 +222,7 @@ def test_dimensions_are_applied_after_those_they_must_follow() -> None:
         def __init__(self, name: str, must_follow: frozenset[str]) -> None:
             self.name, self.must_follow = name, must_follow
 
-        def apply(self, model: nn.Module, profile: Any, values: Any) -> None:
+        def apply(self, model: nn.Module, profile: Any, values: Any, granularity: Any) -> None:
             order.append(self.name)
 
     parts = [Noted("a", frozenset({"b", "absent"})), Noted("b", frozenset({"c"}))]
@@ -168,6 +235,6 @@ def test_dimensions_are_applied_after_those_they_must_follow() -> None:
 def test_masks_are_not_the_dimension_s_business_on_a_live_model() -> None:
     model, profile = build_tiny("llama")
     before = [read_site(model, site).clone() for site in profile.sites]
-    Sparsity().apply(model, profile, [0.5] * len(profile.sites))
+    Sparsity().apply(model, profile, [0.5] * len(profile.sites), Granularity.LAYER)
     after = [read_site(model, site) for site in profile.sites]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -18,14 +18,15 @@ the coarsest axis otherwise, and is never exceeded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from unicuco.errors import InfeasibleRequestError
+from unicuco.space.axis import Axis, CostModel
+from unicuco.space.shapes import ShapeFill
 from unicuco.types import Strategy
 
 _LOGIT_BOUND: Final = 16.0  # sigmoid(16) is 1 - 1e-7: the edge of the cube for every purpose here
@@ -33,54 +34,6 @@ _PATH_BOUND: Final = 2 * _LOGIT_BOUND + 8.0  # carries any point of the clamped 
 _MAX_ITERATIONS: Final = 60
 _TOLERANCE: Final = 1e-6  # of all parameters; the last Newton step squares it
 _NEWTON_REACH: Final = 1e-4  # an excess beyond this is a budget outside the range, not an error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """One coordinate of a strategy.
-
-    ``name`` is ``dimension/site``; settings lie in [low, high] on the grid k / num_steps, and more
-    is always smaller. ``num_steps`` of a sparsity axis is its number of weights; a yes-or-no axis
-    has one step.
-    """
-
-    name: str
-    low: float
-    high: float
-    num_steps: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1 or self.num_steps < 1:
-            raise ValueError(f"axis {self.name} needs 0 <= low < high <= 1 and a step, got {self}")
-
-    @property
-    def max_step(self) -> int:
-        """The last grid step inside the range."""
-        return int(self.high * self.num_steps + 1e-9)
-
-    @property
-    def is_choice(self) -> bool:
-        """True for a yes-or-no axis."""
-        return self.num_steps == 1
-
-
-class CostModel(Protocol):
-    """Parameters and bytes of strategies, made by the dimensions; falling along every axis."""
-
-    total_params: int
-    num_site_weights: int
-
-    def kept(self, settings: Tensor) -> Tensor:
-        """Return the relaxed kept parameters, ``b``, of ``b x d`` settings; differentiable."""
-
-    def site_drops(self, values: Sequence[float]) -> dict[str, int]:
-        """Return the exact number of weights each site loses: all of them where it is removed."""
-
-    def kept_params(self, values: Sequence[float]) -> int:
-        """Return how many parameters of the whole model are neither zeroed nor removed."""
-
-    def num_bytes(self, values: Sequence[float]) -> int:
-        """Return the tensor bytes of the variant as it is stored."""
 
 
 class StrategySpace:
@@ -94,7 +47,7 @@ class StrategySpace:
             level. 0: every weight is a step of its own.
 
     Raises:
-        ValueError: names repeat, or a stride is given with yes-or-no axes.
+        ValueError: names repeat, or a stride is given with shape axes.
     """
 
     def __init__(self, axes: Sequence[Axis], cost: CostModel, *, stride: int = 0) -> None:
@@ -109,9 +62,10 @@ class StrategySpace:
         self._steps = torch.tensor([axis.num_steps for axis in self.axes], dtype=torch.float64)
         self._max_step = torch.tensor([axis.max_step for axis in self.axes], dtype=torch.float64)
         self._min_step = torch.ceil(self._low * self._steps - 1e-9)
-        self._choice = torch.tensor([axis.is_choice for axis in self.axes])
-        if stride and bool(self._choice.any()):
-            raise ValueError("levels are of axes that count weights; one here is yes or no")
+        has_shapes = any(axis.is_shape for axis in self.axes)
+        self._shapes = ShapeFill(self.axes, cost) if has_shapes else None
+        if stride and has_shapes:
+            raise ValueError("levels are of axes that count weights; one here is a shape")
 
     @property
     def num_axes(self) -> int:
@@ -150,7 +104,8 @@ class StrategySpace:
 
     @cached_property
     def _kept_range(self) -> tuple[int, int]:
-        corners = self.decode(torch.tensor([[1.0], [0.0]]).expand(2, self.num_axes))
+        smallest = self._max_step if self._shapes is None else self._shapes.smallest
+        corners = self._strategies(torch.stack([smallest, self._min_step]))
         fewest, most = (self.cost.kept_params(corner.values) for corner in corners)
         return fewest, most
 
@@ -209,13 +164,35 @@ class StrategySpace:
             )
         budget = torch.tensor([min(k, most) for k in kept], dtype=torch.float64)
         relaxed = self.project(unit.detach(), budget)
-        if bool(self._choice.any()):
-            return [
-                self._fill_mixed(row, int(k))
-                for row, k in zip(relaxed, budget.tolist(), strict=True)
-            ]
+        if self._shapes is not None:
+            return self._strategies(self._shapes.fill(relaxed, budget))
         steps = self._fill(relaxed, budget)
         return self._strategies(self._on_levels(steps) if self._stride else steps)
+
+    def share(self, unit: Tensor, rest: Tensor, kept: int) -> Tensor:
+        """Return ``b x d`` points whose counted axes share what their shape axes leave to them.
+
+        Args:
+            unit: ``b x d`` points of which the shape axes count.
+            rest: ``d`` point of which the counted axes count: it says how they share.
+            kept: the budget.
+        """
+        assert self._shapes is not None, "of spaces with shapes only"
+        budgets = torch.full((len(unit),), float(kept), dtype=torch.float64)
+        settings = self._shapes.share(self.settings(unit), torch.logit(rest, eps=1e-7), budgets)
+        return (settings - self._low) / self._span
+
+    def exactly(self, unit: Tensor, kept: int) -> list[Strategy]:
+        """Return the strategies of ``b x d`` points near the budget, none above it.
+
+        Their shapes are taken as they are.
+
+        Raises:
+            InfeasibleRequestError: a point's shapes don't allow it.
+        """
+        assert self._shapes is not None, "of spaces with shapes only"
+        budgets = torch.full((len(unit),), float(kept), dtype=torch.float64)
+        return self._strategies(self._shapes.exact(self.settings(unit), budgets))
 
     def _path_position(self, z: Tensor, kept: Tensor) -> Tensor:
         """Return the ``b`` scalars t at which the relaxed cost of ``z + t`` meets the budgets.
@@ -247,7 +224,7 @@ class StrategySpace:
         return cost.detach(), slope
 
     def _fill(self, relaxed: Tensor, kept: Tensor) -> Tensor:
-        """Turn relaxed points without choices into ``b x d`` whole steps at exactly the budget."""
+        """Turn points that only count weights into ``b x d`` whole steps at exactly the budget."""
         wanted = self.cost.total_params - kept
         exact = self.settings(relaxed) * self._steps
         steps = torch.clamp(torch.floor(exact), self._min_step, self._max_step)
@@ -296,74 +273,6 @@ class StrategySpace:
             whole.scatter_add_(1, axis[:, None], taken[:, None])
             rest = rest - taken
         return whole
-
-    def _fill_mixed(self, relaxed: Tensor, kept: int) -> Strategy:
-        """Decide one relaxed point's choices, then fill the axes that count weights."""
-        settings = self.settings(relaxed)
-        steps = torch.clamp(torch.round(settings * self._steps), self._min_step, self._max_step)
-        counted = (~self._choice).nonzero()[:, 0].tolist()
-        order = [
-            int(a) for a in settings.argsort(descending=True, stable=True) if bool(self._choice[a])
-        ]
-        num_on = sum(int(steps[a]) for a in order)
-
-        def with_choices(count: int, counted_unit: float | None) -> Tensor:
-            row = steps.clone()
-            for position, axis in enumerate(order):
-                row[axis] = float(position < count)
-            for axis in counted:
-                if counted_unit is not None:
-                    row[axis] = self._max_step[axis] if counted_unit else self._min_step[axis]
-            return row
-
-        def kept_with(count: int, counted_unit: float) -> int:
-            return self.cost.kept_params(
-                self._strategies(with_choices(count, counted_unit)[None])[0].values
-            )
-
-        while num_on < len(order) and kept_with(num_on, 1.0) > kept:
-            num_on += 1  # even the emptiest counted axes exceed the budget: remove one part more
-        while (
-            counted
-            and num_on > 0
-            and kept_with(num_on - 1, 1.0) <= kept
-            and kept_with(num_on, 0.0) < kept
-        ):
-            num_on -= 1  # removed more than the budget asks for: give one part back
-        if not counted:
-            return self._strategies(with_choices(num_on, None)[None])[0]
-        return self._fill_counted(relaxed, with_choices(num_on, 0.0), kept)
-
-    def _fill_counted(self, relaxed: Tensor, fixed: Tensor, kept: int) -> Strategy:
-        """Shift the counted axes of one point, its choices as in ``fixed``, to the budget."""
-        z = torch.logit(relaxed, eps=1e-7)
-        low, high = -_PATH_BOUND, _PATH_BOUND
-        best: Strategy | None = None
-        for _ in range(80):
-            t = (low + high) / 2
-            exact = self.settings(torch.sigmoid(z + t)) * self._steps
-            row = torch.where(
-                self._choice, fixed, torch.clamp(torch.round(exact), self._min_step, self._max_step)
-            )
-            strategy = self._strategies(row[None])[0]
-            if self.cost.kept_params(strategy.values) <= kept:
-                best, high = strategy, t
-            else:
-                low = t
-        if best is None:
-            raise InfeasibleRequestError("the budget can't be met by this space")
-        return self._give_back(best, kept)
-
-    def _give_back(self, strategy: Strategy, kept: int) -> Strategy:
-        """Return weights that rounding dropped beyond the budget, one axis after the other."""
-        steps = torch.round(torch.tensor(strategy.values, dtype=torch.float64) * self._steps)
-        for axis in (~self._choice).nonzero()[:, 0].tolist():
-            spare = kept - self.cost.kept_params(self._strategies(steps[None])[0].values)
-            trial = steps.clone()
-            trial[axis] = max(float(self._min_step[axis]), float(steps[axis]) - spare)
-            if spare > 0 and self.cost.kept_params(self._strategies(trial[None])[0].values) <= kept:
-                steps = trial
-        return self._strategies(steps[None])[0]
 
     def _strategies(self, steps: Tensor) -> list[Strategy]:
         values = (steps / self._steps).tolist()

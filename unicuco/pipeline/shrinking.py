@@ -1,0 +1,65 @@
+"""What learning asks of a space with shapes before it measures anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from unicuco.dimensions import Granularity, build_space
+from unicuco.export.shrunk import ShrinkPlan
+from unicuco.importance.units import UNITS, UnitStore
+from unicuco.pipeline.files import load_tensors, save_tensors
+from unicuco.pipeline.options import LearnOptions, ProgressSink
+from unicuco.search.drive import Progress
+from unicuco.space import StrategySpace
+from unicuco.types import ServedAs
+
+if TYPE_CHECKING:
+    from unicuco.models import LoadedModel
+
+
+def check_shapes(options: LearnOptions, loaded: LoadedModel) -> None:
+    """Refuse to learn what could not be written.
+
+    Raises:
+        RequestError: the model's structure lacks what a dimension is of.
+        VariantError: no configuration of this family describes such variants.
+    """
+    profile = loaded.profile
+    space = build_space(profile, options.dimensions, Granularity(options.granularity))
+    if space.cost.served_as is ServedAs.SHRINK:
+        fewest, _ = space.kept_range()  # the smallest has all that can occur
+        (smallest,) = space.decode_exact(torch.ones(1, space.num_axes), [fewest])
+        ShrinkPlan.of(profile, space, smallest, loaded.folder)
+
+
+def highest_sparsity(space: StrategySpace) -> float:
+    """Return the highest sparsity over sites that a space reaches."""
+    fewest, most = space.kept_range()
+    return (most - fewest) / space.cost.num_site_weights
+
+
+def units_of(
+    options: LearnOptions, folder: Path, build: Callable[[], UnitStore], progress: ProgressSink
+) -> UnitStore | None:
+    """Build, or read back, the order of every part's units; none where parts are not narrowed.
+
+    Args:
+        options: of the run.
+        folder: the run folder, which exists.
+        build: makes them; counted by the caller.
+        progress: told of the stage.
+    """
+    if "width" not in options.dimensions:
+        return None
+    path = folder / UNITS
+    if options.resume and path.is_file():
+        return UnitStore.from_tensors(load_tensors(path))
+    progress(Progress(stage="units", done=0, total=1))
+    units = build()
+    save_tensors(path, units.tensors())
+    progress(Progress(stage="units", done=1, total=1))
+    return units

@@ -1,0 +1,86 @@
+"""What a space is made of: axes, and the cost model that the dimensions give it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from unicuco.types import Part, ServedAs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One coordinate of a strategy.
+
+    ``name`` is ``dimension/site``; settings lie in [low, high] on the grid k / num_steps, and more
+    is always smaller. ``num_steps`` of a sparsity axis is its number of weights; a yes-or-no axis
+    has one step. A step of an axis with ``is_shape`` takes many weights away at once.
+    """
+
+    name: str
+    low: float
+    high: float
+    num_steps: int
+    is_shape: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1 or self.num_steps < 1:
+            raise ValueError(f"axis {self.name} needs 0 <= low < high <= 1 and a step, got {self}")
+
+    @property
+    def max_step(self) -> int:
+        """The last grid step inside the range."""
+        return int(self.high * self.num_steps + 1e-9)
+
+    @property
+    def is_choice(self) -> bool:
+        """True for a yes-or-no axis."""
+        return self.num_steps == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What is left of a model: parts that are gone, units that others lost, weights that are zero.
+
+    ``parts`` are positions among the cost model's; ``units`` are (part, units lost) of others;
+    ``sizes`` the weights of every site that are still stored, ``zeroed`` those of them set to zero.
+    """
+
+    parts: frozenset[int]
+    units: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+    zeroed: tuple[int, ...]
+
+
+class CostModel(Protocol):
+    """Parameters and bytes of strategies, made by the dimensions; falling along every axis."""
+
+    total_params: int
+    num_site_weights: int
+    parts: tuple[Part, ...]
+
+    @property
+    def served_as(self) -> ServedAs:
+        """How a variant is stored."""
+
+    def kept(self, settings: Tensor) -> Tensor:
+        """Return the relaxed kept parameters, ``b``, of ``b x d`` settings; differentiable.
+
+        Of settings on the grid it is exact, but for less than a weight per site where several
+        dimensions meet.
+        """
+
+    def shape(self, values: Sequence[float]) -> Shape:
+        """Return exactly what is left of the model."""
+
+    def site_drops(self, values: Sequence[float]) -> dict[str, int]:
+        """Return the exact number of weights each site loses: all of them where it is removed."""
+
+    def kept_params(self, values: Sequence[float]) -> int:
+        """Return how many parameters of the whole model are neither zeroed nor removed."""
+
+    def num_bytes(self, values: Sequence[float]) -> int:
+        """Return the tensor bytes of the variant as it is stored."""

@@ -1,0 +1,186 @@
+"""`ShapeFill`: relaxed points of spaces with shape axes -> whole steps within a budget.
+
+Every step of a shape axis has its place along the projection's path: the t at which the axis, moved
+to z + t, is half way into the step. So a point orders all shape steps of all axes, and a budget
+takes the first of them, as many as it needs; then the last ones that need not go are given back. A
+smaller budget therefore never keeps more. Axes that count weights fill up what is left, exactly.
+
+At least one part of the model always stays: a model without blocks is none.
+
+Notation: d axes, z = logit(u), a step (a, k) takes axis a from k to k + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from unicuco.errors import InfeasibleRequestError
+from unicuco.space.axis import Axis, CostModel
+
+_EXACT: Final = 0.5  # parameters: below the rounding of whole numbers in float64
+_BISECTIONS: Final = 60
+_REACH: Final = 40.0  # in logits: from one corner of the clamped cube to the other
+
+
+class ShapeFill:
+    """Fills spaces in which some axes, or all, are shapes.
+
+    Args:
+        axes: of the space.
+        cost: its cost model.
+    """
+
+    def __init__(self, axes: Sequence[Axis], cost: CostModel) -> None:
+        self._axes = axes
+        self._cost = cost
+        self._num_steps = torch.tensor([axis.num_steps for axis in axes], dtype=torch.float64)
+        self._top = torch.tensor([axis.max_step for axis in axes], dtype=torch.float64)
+        self._low = torch.tensor([axis.low for axis in axes], dtype=torch.float64)
+        self._span = torch.tensor([axis.high - axis.low for axis in axes], dtype=torch.float64)
+        self._bottom = torch.ceil(self._low * self._num_steps - 1e-9)
+        self._counted = torch.tensor([not axis.is_shape for axis in axes])
+        self._choices = [a for a, axis in enumerate(axes) if axis.is_shape and axis.is_choice]
+        places = [
+            (a, k)
+            for a, axis in enumerate(axes)
+            if axis.is_shape
+            for k in range(int(self._bottom[a]), axis.max_step)
+        ]
+        self._step_axis = torch.tensor([a for a, _ in places], dtype=torch.long)
+        middles = torch.tensor([k + 0.5 for _, k in places], dtype=torch.float64)
+        settings = middles / self._num_steps[self._step_axis] - self._low[self._step_axis]
+        self._middle = torch.logit(settings / self._span[self._step_axis], eps=1e-7)
+
+    def fill(self, relaxed: Tensor, kept: Tensor) -> Tensor:
+        """Return ``b x d`` whole steps of relaxed points, none above its budget.
+
+        Args:
+            relaxed: ``b x d`` unit points, projected onto the budgets.
+            kept: ``b`` budgets in kept parameters, none below `smallest`.
+        """
+        z = torch.logit(relaxed, eps=1e-7)
+        shapes = torch.stack(
+            [self._shapes(row, float(k)) for row, k in zip(z, kept.tolist(), strict=True)]
+        )
+        if not bool(self._counted.any()):
+            return shapes
+        return self.exact(self.share(shapes / self._num_steps, z, kept), kept)
+
+    @cached_property
+    def smallest(self) -> Tensor:
+        """``d`` steps of the smallest strategy."""
+        if not self._choices:
+            return self._top.clone()
+        rows = self._top.repeat(len(self._choices), 1)
+        rows[torch.arange(len(rows)), self._choices] = 0  # one part stays, the cheapest to keep
+        return rows[int(self._kept(rows).argmin())]
+
+    def _shapes(self, z: Tensor, budget: float) -> Tensor:
+        """Return the ``d`` steps of a point's shape axes; its counted axes stay at their bottom."""
+        place = self._middle - z[self._step_axis]
+        order = self._without_last_part(place.argsort(stable=True))
+        taken = torch.zeros(len(order) + 1, len(self._axes), dtype=torch.float64)
+        taken[torch.arange(1, len(taken)), self._step_axis[order]] = 1.0
+        prefixes = taken.cumsum(0) + self._bottom  # (steps taken, d)
+        least = self._kept(torch.where(self._counted, self._top, prefixes))
+        fits = least <= budget + _EXACT - self._margin
+        if not bool(fits[-1]):
+            return torch.where(self._counted, self._bottom, self.smallest)
+        need = int(fits.float().argmax())
+        if bool(self._counted.any()):
+            # As many as the path has passed, but no more than leave counted axes something to do.
+            passed = int((place[order] <= 0).sum())
+            useful = int((self._kept(prefixes) >= budget).sum()) - 1
+            return prefixes[max(need, min(passed, useful))]
+        return self._give_back(prefixes[need], self._step_axis[order[:need]].tolist(), budget)
+
+    def _without_last_part(self, order: Tensor) -> Tensor:
+        """Leave out the last choice of an order: it would remove the last part."""
+        if not self._choices:
+            return order
+        is_choice = torch.isin(self._step_axis[order], torch.tensor(self._choices))
+        last = int(is_choice.nonzero()[-1])
+        return torch.cat([order[:last], order[last + 1 :]])
+
+    def _give_back(self, steps: Tensor, taken: list[int], budget: float) -> Tensor:
+        """Undo steps, the last ones first, as far as the budget allows."""
+        candidates = list(dict.fromkeys(reversed(taken)))
+        while candidates:
+            rows = steps.repeat(len(candidates), 1)
+            rows[torch.arange(len(rows)), candidates] -= 1
+            fits = self._kept(rows) <= budget + _EXACT
+            if not bool(fits.any()):
+                break
+            steps = rows[int(fits.float().argmax())]
+            candidates = [a for a in candidates if steps[a] > self._bottom[a]]
+        return steps
+
+    def share(self, shapes: Tensor, z: Tensor, kept: Tensor) -> Tensor:
+        """Return ``b x d`` settings: shape axes as they are, counted ones shifted to the budgets.
+
+        Args:
+            shapes: ``b x d`` settings of which the shape axes count.
+            z: ``b x d`` logits (or ``d``) of which the counted axes count.
+            kept: ``b`` budgets; where shapes alone lie below one, counted axes keep all.
+        """
+        low = torch.full((len(shapes), 1), -_REACH, dtype=torch.float64)
+        high = torch.full((len(shapes), 1), _REACH, dtype=torch.float64)
+
+        def settings(t: Tensor) -> Tensor:
+            moved = self._low + torch.sigmoid(z + t) * self._span
+            return torch.where(self._counted, moved, shapes)
+
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            above = (self._cost.kept(settings(middle)) > kept)[:, None]
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return settings(high)
+
+    def exact(self, settings: Tensor, kept: Tensor) -> Tensor:
+        """Return ``b x d`` whole steps of settings that lie near their budgets, none above it."""
+        steps = torch.where(
+            self._counted,
+            torch.ceil(settings * self._num_steps - 1e-6),
+            torch.round(settings * self._num_steps),
+        )
+        steps = torch.minimum(torch.maximum(steps, self._bottom), self._top)
+        return torch.stack(
+            [self._to_the_weight(row, int(k)) for row, k in zip(steps, kept.tolist(), strict=True)]
+        )
+
+    def _to_the_weight(self, steps: Tensor, budget: int) -> Tensor:
+        """Drop what is above the budget, then return what was dropped beyond it, axis by axis."""
+        counted = self._counted.nonzero()[:, 0].tolist()
+        for axis in counted:
+            excess = self._kept_params(steps) - budget
+            if excess > 0:
+                steps[axis] = min(float(self._top[axis]), float(steps[axis]) + excess)
+        spare = budget - self._kept_params(steps)
+        if spare < 0:
+            raise InfeasibleRequestError("the budget can't be met by this space")
+        for axis in counted:
+            if not spare:
+                break
+            trial = steps.clone()
+            trial[axis] = max(float(self._bottom[axis]), float(steps[axis]) - spare)
+            left = budget - self._kept_params(trial)
+            if left >= 0:
+                steps, spare = trial, left
+        return steps
+
+    @cached_property
+    def _margin(self) -> float:
+        # Of narrowed sites the relaxed count is off by less than a weight for each counted axis.
+        narrows = any(axis.is_shape and not axis.is_choice for axis in self._axes)
+        return float(self._counted.sum()) if narrows else 0.0
+
+    def _kept(self, steps: Tensor) -> Tensor:
+        return self._cost.kept(steps / self._num_steps)
+
+    def _kept_params(self, steps: Tensor) -> int:
+        return self._cost.kept_params((steps / self._num_steps).tolist())
