@@ -49,9 +49,7 @@ class Fisher:
 def _sorted_pieces(space: StrategySpace, curves: AxisCurves) -> tuple[Tensor, Tensor, int]:
     """Return axis and dropped weights of every hull piece, cheapest per weight first."""
     d, m = curves.table.shape
-    per_axis = (
-        torch.tensor([axis.num_steps for axis in space.axes], dtype=torch.float64) * space.span
-    )
+    per_axis = space.axis_params
     slopes = torch.stack([_hull_slopes(row) for row in curves.table]) / per_axis[:, None]
     order = slopes.flatten().argsort(stable=True)
     axis = torch.arange(d).repeat_interleave(m - 1)[order]

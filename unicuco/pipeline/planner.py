@@ -189,9 +189,10 @@ class Planner:
         budget = self.space.kept_for_sparsity(sparsity)
         wanted = cost.total_params - budget
         fewest, _ = self.space.kept_range()
-        while (lost := sum(cost.site_drops(strategy.values).values())) < wanted:
-            if budget <= fewest:
-                raise self._outside(f"sparsity {sparsity:g}", f"{self._high:g}", self._high)
+        while budget > fewest:
+            lost = sum(cost.site_drops(strategy.values).values())
+            if lost >= wanted:
+                break
             budget = max(fewest, budget - (wanted - lost))
             (strategy,) = self.space.decode_exact(unit, [budget])
         return strategy

@@ -33,7 +33,7 @@ from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.dense import DenseModel, JudgeWindows, open_dense, pack_dense_text
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
-from unicuco.pipeline.shrinking import check_shapes, highest_sparsity, units_of
+from unicuco.pipeline.shrinking import check_shapes, units_of
 from unicuco.pipeline.texts import (
     LearningSource,
     LearningTexts,
@@ -45,7 +45,6 @@ from unicuco.ranks import RankStore
 from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
 from unicuco.shards.plan import check_shards
-from unicuco.space import StrategySpace
 from unicuco.store import Measurement
 from unicuco.surrogate import SurrogateOptions
 from unicuco.types import ModelProfile
@@ -270,7 +269,7 @@ def _search_config(
         dimensions=options.dimensions,
         granularity=granularity,
         curves=curves(fisher),
-        sparsity_range=(MIN_SPARSITY, min(options.max_sparsity, highest_sparsity(space))),
+        sparsity_range=(MIN_SPARSITY, min(options.max_sparsity, space.highest_sparsity)),
         seed=options.seed,
         surrogate=SurrogateOptions() if levels is None else SurrogateOptions(directions=0),
         level_step=0 if levels is None else levels.plan.step,

@@ -195,7 +195,10 @@ class Run:
             Granularity(options["granularity"]),
             level_step=self.manifest.get("levels", {}).get("step", 0),
         )
-        net = StratNet(_KINDS[options["preset"]], space.num_axes, seed=0, num_tasks=len(self.tasks))
+        kind = _KINDS[options["preset"]]
+        if kind is NetKind.SIZE and space.has_shapes:
+            kind = NetKind.SHAPE
+        net = StratNet(kind, space.num_axes, seed=0, num_tasks=len(self.tasks))
         net.load_state_dict(load_tensors(self.folder / "stratnet.safetensors"))
         return Planner(
             space=space,

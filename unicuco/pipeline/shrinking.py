@@ -14,7 +14,6 @@ from unicuco.importance.units import UNITS, UnitStore
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.search.drive import Progress
-from unicuco.space import StrategySpace
 from unicuco.types import ServedAs
 
 if TYPE_CHECKING:
@@ -34,12 +33,6 @@ def check_shapes(options: LearnOptions, loaded: LoadedModel) -> None:
         fewest, _ = space.kept_range()  # the smallest has all that can occur
         (smallest,) = space.decode_exact(torch.ones(1, space.num_axes), [fewest])
         ShrinkPlan.of(profile, space, smallest, loaded.folder)
-
-
-def highest_sparsity(space: StrategySpace) -> float:
-    """Return the highest sparsity over sites that a space reaches."""
-    fewest, most = space.kept_range()
-    return (most - fewest) / space.cost.num_site_weights
 
 
 def units_of(

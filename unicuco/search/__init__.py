@@ -23,17 +23,36 @@ from unicuco.search.optspa import OptSpa
 from unicuco.search.paper import PaperSearch, learn_preferences
 from unicuco.search.progression import Progression
 from unicuco.search.request import RequestConfig, RequestSearch, SearchAllocator
+from unicuco.search.shapes import ShapeSearch, learn_shapes
 from unicuco.stratnet import StratNet
 from unicuco.surrogate import Surrogate
 from unicuco.types import Evaluation, Strategy
 
 Learner = Callable[..., tuple[Surrogate, StratNet]]
 
+
+def default_search(config: SearchConfig) -> Search:
+    """Make the search of preset ``default``: by shapes where there are some, else by weights."""
+    return ShapeSearch(config) if config.space().has_shapes else FrontSearch(config)
+
+
+def learn_default(
+    config: SearchConfig, evaluations: Sequence[tuple[Strategy, Evaluation]], *, seed: int
+) -> tuple[Surrogate, StratNet]:
+    """Learn surrogate and StratNet as preset ``default`` does.
+
+    Raises:
+        SurrogateError: too few evaluations succeeded.
+    """
+    learn = learn_shapes if config.space().has_shapes else learn_front
+    return learn(config, evaluations, seed=seed)
+
+
 SEARCHES: Final[dict[str, Callable[[SearchConfig], Search]]] = {
-    "default": FrontSearch,
+    "default": default_search,
     "paper": PaperSearch,
 }
-LEARNERS: Final[dict[str, Learner]] = {"default": learn_front, "paper": learn_preferences}
+LEARNERS: Final[dict[str, Learner]] = {"default": learn_default, "paper": learn_preferences}
 REQUEST_SEARCHES: Final[dict[str, Callable[[RequestConfig], RequestSearch]]] = {
     "evopress": Evolution,
     "evop": Evop,

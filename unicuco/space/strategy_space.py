@@ -77,6 +77,19 @@ class StrategySpace:
         """``d`` float64: high - low of every axis, the factor from setting to unit derivatives."""
         return self._span
 
+    @property
+    def has_shapes(self) -> bool:
+        """Whether some axes, or all, are shapes."""
+        return self._shapes is not None
+
+    @cached_property
+    def axis_params(self) -> Tensor:
+        """``d`` float64: parameters that each axis alone takes away from low to high."""
+        if self._shapes is None:
+            return self._steps * self._span
+        rows = self._low + torch.diag(self._span)
+        return self.cost.kept(self._low[None]) - self.cost.kept(rows)
+
     def settings(self, unit: Tensor) -> Tensor:
         """Map ``b x d`` unit points to relaxed settings."""
         return self._low + unit.double() * self._span
@@ -103,11 +116,21 @@ class StrategySpace:
         return self._kept_range
 
     @cached_property
-    def _kept_range(self) -> tuple[int, int]:
+    def _corners(self) -> list[Strategy]:
+        """The smallest and the largest strategy."""
         smallest = self._max_step if self._shapes is None else self._shapes.smallest
-        corners = self._strategies(torch.stack([smallest, self._min_step]))
-        fewest, most = (self.cost.kept_params(corner.values) for corner in corners)
+        return self._strategies(torch.stack([smallest, self._min_step]))
+
+    @cached_property
+    def _kept_range(self) -> tuple[int, int]:
+        fewest, most = (self.cost.kept_params(corner.values) for corner in self._corners)
         return fewest, most
+
+    @property
+    def highest_sparsity(self) -> float:
+        """The sparsity over sites of the smallest strategy."""
+        drops = self.cost.site_drops(self._corners[0].values)
+        return sum(drops.values()) / self.cost.num_site_weights
 
     def kept_for_sparsity(self, sparsity: float) -> int:
         """Return the kept parameters that a sparsity over sites means: never one weight above."""
@@ -155,8 +178,10 @@ class StrategySpace:
             InfeasibleRequestError: a budget below what the space reaches; ``nearest`` is that
                 bound.
         """
+        if not kept:
+            return []
         fewest, most = self.kept_range()
-        low = min(kept, default=most)
+        low = min(kept)
         if low < fewest:
             raise InfeasibleRequestError(
                 f"no strategy keeps only {low:,} parameters; the fewest are {fewest:,}",

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from unicuco.stratnet.allocator import StratNetAllocator
-from unicuco.stratnet.net import NetKind, StratNet, preference_features, size_features
+from unicuco.stratnet.net import (
+    NetKind,
+    StratNet,
+    preference_features,
+    size_features,
+    target_features,
+)
 from unicuco.stratnet.train import TrainOptions, train_on_sizes, train_on_tasks
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "TrainOptions",
     "preference_features",
     "size_features",
+    "target_features",
     "train_on_sizes",
     "train_on_tasks",
 ]

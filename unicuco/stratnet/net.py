@@ -1,9 +1,11 @@
 """The network: request features -> a point of the unit cube.
 
-Two kinds. ``size`` (ours) sees a target sparsity and answers by offsets around the uniform strategy
-of that sparsity, in logits, so an untrained network is the uniform allocation. ``preference`` (the
-paper's) sees a weighting of size and quality and answers freely, as PSL-MOBO's set model does (Lin
-et al. 2022; arXiv 2505.12216).
+Three kinds. ``size`` (ours) sees a target sparsity and answers by offsets around the uniform
+strategy of that sparsity, in logits, so an untrained network is the uniform allocation. ``shape``
+(ours) is the same for answers that jump, as those of spaces with shapes do: it sees the target
+through narrow windows, so that neighbouring targets can be answered quite differently.
+``preference`` (the paper's) sees a weighting of size and quality and answers freely, as PSL-MOBO's
+set model does (Lin et al. 2022; arXiv 2505.12216).
 
 What it does not know: exact budgets; `StrategySpace.project` follows it.
 
@@ -28,17 +30,31 @@ class NetKind(StrEnum):
     """What the network sees."""
 
     SIZE = "size"
+    SHAPE = "shape"
     PREFERENCE = "preference"
 
 
-_NUM_FEATURES: Final = {NetKind.SIZE: 3, NetKind.PREFERENCE: 2}
-_HIDDEN: Final = {NetKind.SIZE: 64, NetKind.PREFERENCE: 256}
+_NUM_WINDOWS: Final = 48  # over sparsities from 0 to 1
+_NUM_FEATURES: Final = {NetKind.SIZE: 3, NetKind.SHAPE: 3 + _NUM_WINDOWS, NetKind.PREFERENCE: 2}
+_HIDDEN: Final = {NetKind.SIZE: 64, NetKind.SHAPE: 64, NetKind.PREFERENCE: 256}
 
 
 def size_features(sparsity: Tensor) -> Tensor:
     """Encode ``b`` sparsities in [0, 1) as ``b x 3`` features: s, s^2, log of what is kept."""
     s = sparsity.float().clamp(1e-3, 1 - 1e-3)
     return torch.stack([4 * s - 2, 4 * s.square() - 1.3, torch.log1p(-s) + 1], dim=-1)
+
+
+def shape_features(sparsity: Tensor) -> Tensor:
+    """Encode ``b`` sparsities as `size_features` and how near each is to the windows' centres."""
+    centres = (torch.arange(_NUM_WINDOWS) + 0.5) / _NUM_WINDOWS
+    distance = (sparsity.float()[:, None] - centres) * _NUM_WINDOWS
+    return torch.cat([size_features(sparsity), 2 * torch.exp(-distance.square())], dim=-1)
+
+
+def target_features(kind: NetKind, sparsity: Tensor) -> Tensor:
+    """Encode ``b`` sparsities as a network of a kind that sees targets wants them."""
+    return shape_features(sparsity) if kind is NetKind.SHAPE else size_features(sparsity)
 
 
 def task_features(sparsity: Tensor, weights: Tensor) -> Tensor:
@@ -78,7 +94,7 @@ class StratNet(nn.Module):
                 bound = layer.in_features**-0.5
                 nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
                 nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-        if kind is NetKind.SIZE:
+        if kind is not NetKind.PREFERENCE:
             last = self.layers[-1]
             assert isinstance(last, nn.Linear)
             nn.init.normal_(last.weight, std=_SMALL_INIT, generator=generator)
@@ -87,10 +103,11 @@ class StratNet(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Return the ``b x d`` logits of `forward`.
 
-        A size network's are offsets around the uniform point, which projection finds.
+        Where the network sees a target they are offsets around the uniform point, which projection
+        finds.
         """
         output: Tensor = self.layers(features)
-        if self.kind is NetKind.SIZE:
+        if self.kind is not NetKind.PREFERENCE:
             # No axis leaves the neighbourhood of uniform so far that nothing measured speaks of it.
             return _REACH * torch.tanh(output / _REACH)
         return output

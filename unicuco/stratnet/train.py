@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unicuco.space import StrategySpace
-from unicuco.stratnet.net import StratNet, size_features, task_features
+from unicuco.stratnet.net import StratNet, target_features, task_features
 
 Judge = Callable[[Tensor], Tensor]  # ``b x d`` unit points -> ``b`` costs to lower
 # ``b x d`` unit points, ``b x k`` task weights -> ``b`` costs to lower
@@ -124,9 +124,9 @@ def _train(
 
 
 def size_answers(net: StratNet, space: StrategySpace, sparsity: Tensor) -> Tensor:
-    """Return a size network's ``b x d`` answers to ``b`` sparsities, projected; differentiable."""
+    """Return a network's ``b x d`` answers to ``b`` sparsities, projected; differentiable."""
     kept = space.cost.total_params - sparsity.double() * space.cost.num_site_weights
-    return space.project_logits(net.logits(size_features(sparsity)), kept)
+    return space.project_logits(net.logits(target_features(net.kind, sparsity)), kept)
 
 
 def task_answers(net: StratNet, space: StrategySpace, sparsity: Tensor, weights: Tensor) -> Tensor:

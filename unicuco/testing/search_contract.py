@@ -85,7 +85,10 @@ def toy_config(
         surrogate=SurrogateOptions(directions=4, steps=15),
         training=training or TrainOptions(steps=15, batch=8),
     )
-    object.__setattr__(config, "curves", ToyModel(config.space()).curves())  # needs the space
+    space = config.space()  # what follows needs it
+    object.__setattr__(config, "curves", ToyModel(space).curves())
+    low, high = _SPARSITY_RANGE
+    object.__setattr__(config, "sparsity_range", (low, min(high, space.highest_sparsity)))
     return config
 
 

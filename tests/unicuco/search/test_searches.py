@@ -9,7 +9,15 @@ from unicuco.allocate import Fisher, Uniform
 from unicuco.allocate.base import AllocationContext
 from unicuco.dimensions import Granularity
 from unicuco.errors import RequestError, SurrogateError
-from unicuco.search import LEARNERS, SEARCHES, SearchConfig, build_search, learn_network, paper
+from unicuco.search import (
+    LEARNERS,
+    SEARCHES,
+    Search,
+    SearchConfig,
+    build_search,
+    learn_network,
+    paper,
+)
 from unicuco.search.drive import outcome_of
 from unicuco.search.paper import latin_hypercube
 from unicuco.stratnet import NetKind, StratNetAllocator, TrainOptions
@@ -27,6 +35,18 @@ from unicuco.types import Evaluation, FailedEvaluation
 
 class TestFront(SearchContract):
     preset = "default"
+
+
+class TestShapes(SearchContract):
+    preset = "default"
+    num_rounds = 6  # parts alone first
+
+    def make(self, *, seed: int = 0) -> tuple[Search, ToyModel]:
+        config = toy_config("default", seed=seed, dimensions=("depth", "width"))
+        return build_search(config), ToyModel(config.space())
+
+    def is_within(self, sparsity: float) -> bool:
+        return 0 < sparsity < 0.95  # shapes meet a budget to a step, and never remove everything
 
 
 class TestPaper(SearchContract):
@@ -69,6 +89,25 @@ def test_learning_from_nothing_is_an_error_in_one_line() -> None:
     for preset in SEARCHES:
         with pytest.raises(SurrogateError, match="at least two different"):
             learn_network(toy_config(preset), [], seed=0)
+
+
+def test_a_network_of_shapes_answers_as_well_as_the_best_of_all_shapes() -> None:
+    config = toy_config("default", dimensions=("depth",))
+    model = ToyModel(config.space())
+    search = build_search(config)
+    results = run_search(search, model, 5)
+    ok = [(ask.strategy, outcome) for ask, outcome in results if isinstance(outcome, Evaluation)]
+    _, net = learn_network(config, ok, seed=0)
+    targets = [0.1, 0.25, 0.4, 0.55, 0.7]
+    answers = StratNetAllocator(net, model.space).allocate(targets)
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * model.space.num_axes)
+    every = every[every.sum(1) < model.space.num_axes]
+    kept = model.space.cost.kept(every)
+    for target, answer in zip(targets, answers, strict=True):
+        budget = model.space.kept_for_sparsity(target)
+        assert model.space.cost.kept_params(answer.values) <= budget
+        best = float(model.kl(every[kept <= budget]).min())
+        assert float(learned_kl(model, [answer])) <= 1.05 * best
 
 
 def test_the_default_search_finds_better_strategies_than_uniform_and_fisher() -> None:

@@ -13,6 +13,7 @@ from unicuco.stratnet import (
     TrainOptions,
     preference_features,
     size_features,
+    target_features,
     train_on_sizes,
 )
 from unicuco.stratnet.train import size_answers
@@ -24,6 +25,7 @@ SPACE = build_space(make_profile([[(40, 60), (80, 30)], [(50, 50), (20, 90)], [(
 MODEL = ToyModel(SPACE)
 FEATURES = {
     NetKind.SIZE: size_features(torch.linspace(0, 0.999, 21)),
+    NetKind.SHAPE: target_features(NetKind.SHAPE, torch.linspace(0, 0.999, 21)),
     NetKind.PREFERENCE: preference_features(torch.linspace(0, 1, 21)),
 }
 kinds = pytest.mark.parametrize("kind", list(NetKind))
@@ -43,7 +45,7 @@ def test_answers_are_finite_and_inside_the_cube(kind: NetKind) -> None:
 @kinds
 def test_the_gradient_reaches_every_layer(kind: NetKind) -> None:
     net = StratNet(kind, SPACE.num_axes, seed=0)
-    if kind is NetKind.SIZE:
+    if kind is not NetKind.PREFERENCE:
         points = size_answers(net, SPACE, torch.linspace(0.1, 0.9, 8))
     else:
         points = net(FEATURES[kind]).double()
