@@ -1,0 +1,291 @@
+"""Are shrunk variants smaller, faster, and good? Ratios within one run, dense beside shrunk.
+
+Parts:
+
+- ``speed``: dense and shrunk models of random weights in the same vLLM, interleaved: seconds of a
+  prefill of 4 prompts, and per step of decoding a batch of 16, against the ideal ratio (matrix
+  operations of a prefill, weight bytes of a step), and file size against the parameter count;
+- ``quality``: KL on test text at 0.1 to 0.4 of the site weights removed from the reference model:
+  StratNet of depth (blocks and parts), of width, of both, against depth methods, which search anew
+  for every request, and uniform width. EvoPress gets the units of a whole run for each request;
+  with blocks, all patterns are enumerated too.
+
+``python -m benchmarks.shrink [speed] [quality] [--seeds 1]``; results go to
+``benchmarks/results/shrink-PART.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.common import save, table
+from unicuco.allocate import AxisCurves
+from unicuco.allocate.depth import DEPTH_SCORES, DepthAllocator, DepthEvidence, WindowAllocator
+from unicuco.dimensions import Granularity
+from unicuco.engines import VllmOptions
+from unicuco.evaluate import LocalEvaluator
+from unicuco.models import load_tokenizer
+from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn
+from unicuco.pipeline.preparation import Prepared, prepare
+from unicuco.pipeline.texts import test_windows
+from unicuco.search.drops import DropSearch
+from unicuco.search.request import RequestConfig, run_request
+from unicuco.space import StrategySpace
+from unicuco.types import Request, Strategy
+
+SPARSITIES = (0.1, 0.2, 0.3, 0.4)
+# Name -> (hidden size, blocks, query heads, key and value heads, channels, vocabulary).
+SHAPES = {
+    "wide blocks": (1024, 8, 16, 4, 2816, 8_192),
+    "large vocabulary": (512, 8, 8, 4, 1408, 128_000),
+}
+PREFILL = (4, 256)  # prompts, tokens of each
+DECODE = (16, 48)  # batch, steps
+ROUNDS = 5
+
+
+# --- speed ---------------------------------------------------------------------------------------
+
+
+def write_pair(folder: Path, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Write a dense model and one of half its block parameters; return what is ideal."""
+    hidden, blocks, heads, groups, channels, vocabulary = shape
+    common = {
+        "hidden_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "intermediate_size": channels, "vocab_size": vocabulary,
+        "max_position_embeddings": 1024, "head_dim": hidden // heads, "tie_word_embeddings": True,
+    }  # fmt: skip
+    shapes = [
+        {
+            "attention_heads": heads // groups * kept,
+            "key_value_heads": kept,
+            "intermediate_size": channels * kept // groups,
+        }
+        for kept in (1, groups - 1) * (blocks // 2)  # half of everything, no two neighbours alike
+    ]
+    configs = {
+        "dense": AutoConfig.for_model("llama", **common),
+        "shrunk": AutoConfig.for_model("shrunk_llama", **common, block_shapes=shapes),
+    }
+    facts: dict[str, Any] = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder / name)
+        params = sum(p.numel() for p in model.parameters())
+        in_blocks = sum(p.numel() for p in model.model.layers.parameters())
+        file_bytes = (folder / name / "model.safetensors").stat().st_size
+        prompts, tokens = PREFILL
+        facts[name] = {
+            "params": params,
+            "block_params": in_blocks,
+            "file_bytes_per_param": file_bytes / params,
+            # One head row per prompt: logits are computed for the last token alone.
+            "prefill_work": in_blocks * prompts * tokens + hidden * vocabulary * prompts,
+            "decode_bytes": 4 * params,
+        }
+    return facts
+
+
+def measure_speed() -> None:
+    """Measure every shape in a process of its own."""
+    results = {}
+    for name, shape in SHAPES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            facts = write_pair(Path(scratch), shape)
+            question = {
+                "folders": [f"{scratch}/dense", f"{scratch}/shrunk"],
+                "prefill": PREFILL, "decode": DECODE, "rounds": ROUNDS, "vocabulary": shape[-1],
+            }  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.shrink_vllm"],
+                input=json.dumps(question),
+                env={**os.environ, **VllmOptions(threads=1).environment()},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise SystemExit(done.stderr[-2000:])
+        dense, shrunk = json.loads(done.stdout.splitlines()[-1])
+        ideal = {
+            "prefill": facts["dense"]["prefill_work"] / facts["shrunk"]["prefill_work"],
+            "decode": facts["dense"]["decode_bytes"] / facts["shrunk"]["decode_bytes"],
+        }
+        measured = {kind: dense[kind] / shrunk[kind] for kind in ideal}
+        results[name] = {
+            "facts": facts, "seconds": {"dense": dense, "shrunk": shrunk}, "ideal": ideal,
+            "ratio": measured, "of_ideal": {kind: measured[kind] / ideal[kind] for kind in ideal},
+        }  # fmt: skip
+        print(name, json.dumps(results[name]["ratio"]), json.dumps(results[name]["of_ideal"]))
+    print(f"written to {save('shrink-speed', {'shapes': results})}")
+
+
+# --- quality -------------------------------------------------------------------------------------
+
+
+class Judge:
+    """The reference model prepared for some dimensions, with judges on search and test text."""
+
+    def __init__(self, dimensions: tuple[str, ...], granularity: str, seed: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            options = LearnOptions(
+                model="reference", out=Path(folder), dimensions=dimensions,
+                granularity=granularity, seed=seed,
+            )  # fmt: skip
+            self.prepared: Prepared = prepare(options, Path(folder), lambda _: None)
+        self.space: StrategySpace = self.prepared.space
+        self.search = LocalEvaluator(*self.prepared.judging(self.prepared.texts.search))
+        tokenizer = load_tokenizer(self.prepared.loaded.folder)
+        text = test_windows(tokenizer, None, tokens=16_384, context=self.prepared.context)
+        self.test = LocalEvaluator(*self.prepared.judging(text))
+
+    def evidence(self) -> DepthEvidence:
+        """Return what depth methods look at."""
+        return DepthEvidence(
+            loaded=self.prepared.loaded, space=self.space,
+            granularity=self.prepared.search.granularity,
+            calibration=self.prepared.texts.calibration,
+        )  # fmt: skip
+
+
+def learned(dimensions: tuple[str, ...], granularity: str, seed: int, folder: Path) -> Run:
+    """Learn a run with the default number of evaluations."""
+    options = LearnOptions(
+        model="reference", out=folder, dimensions=dimensions, granularity=granularity, seed=seed
+    )
+    return learn(options, backend=LocalBackend(), progress=lambda _: None)
+
+
+def stratnet(run: Run) -> list[Strategy]:
+    """Return the run's answers."""
+    plans = run.plan([Request.from_dict({"sparsity": s}) for s in SPARSITIES])
+    return [plan.strategy for plan in plans]  # type: ignore[union-attr]  # all can be met
+
+
+def evopress(judge: Judge, units: float, seed: int) -> list[Strategy]:
+    """Return what EvoPress' drop search finds, one search per target."""
+    found = []
+    for sparsity in SPARSITIES:
+        config = RequestConfig(
+            space=judge.space, curves=AxisCurves(judge.prepared.search.curves),
+            blocks=tuple(range(judge.space.num_axes)), sparsity=sparsity,
+            tokens=judge.prepared.texts.search.num_tokens, seed=seed, units=units,
+        )  # fmt: skip
+        search = DropSearch(config)
+        run_request(search, lambda ask: judge.search.evaluate(ask.strategy, tokens=ask.tokens))
+        found.append(search.best)
+    return found
+
+
+def enumerated(judge: Judge) -> list[Strategy]:
+    """Return the best of all patterns of as many blocks as each target asks for."""
+    found, d = [], judge.space.num_axes
+    for sparsity in SPARSITIES:
+        count = round(sum(judge.space.uniform(sparsity).values))
+        best = min(
+            (
+                Strategy(settings=tuple((n, float(a in gone)) for a, n in enumerate(names)))
+                for names in [judge.space.names]
+                for gone in combinations(range(d), count)
+            ),
+            key=lambda strategy: judge.search.evaluate(strategy).kl,
+        )
+        found.append(best)
+    return found
+
+
+def measure_quality(seeds: int) -> None:
+    """Measure every method at every target."""
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, seed: int, judge: Judge, make: Callable[[], list[Strategy]]) -> None:
+        started = time.process_time()
+        strategies = make()
+        seconds = time.process_time() - started
+        for sparsity, strategy in zip(SPARSITIES, strategies, strict=True):
+            evaluation = judge.test.evaluate(strategy)
+            rows.append(
+                {
+                    "method": method, "seed": seed, "asked": sparsity, "kl": evaluation.kl,
+                    "sparsity": 1 - evaluation.kept_fraction, "cpu_seconds": seconds,
+                }
+            )  # fmt: skip
+        shown = ", ".join(f"{row['kl']:.4f}" for row in rows[-len(SPARSITIES) :])
+        print(f"seed {seed} {method}: {shown} ({seconds:.0f} CPU s)", flush=True)
+
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as scratch:
+            for granularity in Granularity:
+                run = learned(("depth",), granularity, seed, Path(scratch) / f"depth-{granularity}")
+                judge = Judge(("depth",), granularity, seed)
+                name = "blocks" if granularity is Granularity.BLOCK else "parts"
+                add(f"stratnet, {name}", seed, judge, lambda run=run: stratnet(run))
+                units = float(run.manifest["cost_units"])
+                add(
+                    f"evopress, {name}", seed, judge,
+                    lambda judge=judge, units=units, seed=seed: evopress(judge, units, seed),
+                )  # fmt: skip
+                for method in DEPTH_SCORES if seed == 0 else ():
+                    made = DepthAllocator(method, judge.evidence())
+                    add(f"{method}, {name}", seed, judge, lambda m=made: m.allocate(SPARSITIES))
+                if seed == 0:
+                    window = WindowAllocator(judge.evidence())
+                    add(
+                        f"window_cosine, {name}", seed, judge,
+                        lambda w=window: w.allocate(SPARSITIES),
+                    )  # fmt: skip
+                if seed == 0 and granularity is Granularity.BLOCK:
+                    add("all patterns, blocks", seed, judge, lambda j=judge: enumerated(j))
+            for dimensions in (("width",), ("depth", "width")):
+                run = learned(dimensions, "layer", seed, Path(scratch) / "-".join(dimensions))
+                judge = Judge(dimensions, "layer", seed)
+                add(f"stratnet, {'+'.join(dimensions)}", seed, judge, lambda run=run: stratnet(run))
+                if seed == 0 and dimensions == ("width",):
+                    space = judge.space
+                    add(
+                        "uniform, width", seed, judge,
+                        lambda space=space: [space.uniform(s) for s in SPARSITIES],
+                    )  # fmt: skip
+        save("shrink-quality", {"rows": rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = []
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        middle = [
+            float(torch.tensor([r["kl"] for r in own if r["asked"] == s]).median())
+            for s in SPARSITIES
+        ]
+        lines.append([method, *middle])
+    print(table(["test KL, nats", *map(str, SPARSITIES)], lines))
+
+
+def main() -> None:
+    """Run the parts that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, quality; all if none")
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = arguments.parts or ["speed", "quality"]
+    if "speed" in parts:
+        measure_speed()
+    if "quality" in parts:
+        measure_quality(arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
