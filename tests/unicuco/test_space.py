@@ -23,6 +23,9 @@ SPACES = {
     "mixed": build_space(PROFILE, ("sparsity", "depth")),
     "mixed large": build_space(LARGE, ("depth", "sparsity"), Granularity.BLOCK),
     "depth": build_space(LARGE, ("depth",)),
+    "width": build_space(LARGE, ("width",)),
+    "shapes": build_space(LARGE, ("depth", "width")),
+    "all": build_space(LARGE, ("depth", "width", "sparsity")),
 }
 WITHOUT_CHOICES = ("layer", "block", "large")
 names = st.sampled_from(sorted(SPACES))
@@ -159,8 +162,8 @@ def test_every_single_budget_of_a_small_space_is_met_to_the_weight() -> None:
 
 
 @few
-@given(st.sampled_from(["mixed", "mixed large", "depth"]), seeds, shares)
-def test_a_space_with_choices_never_exceeds_a_budget(name: str, seed: int, share: float) -> None:
+@given(st.sampled_from(["mixed", "mixed large", "depth", "width", "shapes", "all"]), seeds, shares)
+def test_a_space_with_shapes_never_exceeds_a_budget(name: str, seed: int, share: float) -> None:
     space = SPACES[name]
     kept = budget_at(space, share)
     for strategy in space.decode_exact(points(space, seed), [kept] * 3):
@@ -182,6 +185,38 @@ def test_a_space_with_choices_meets_a_budget_to_the_weight_where_a_block_survive
         spare = kept - space.cost.kept_params(strategy.values)
         alive = [v for a, v in strategy.settings if a.startswith("sparsity/") and v > 0]
         assert spare == 0 or not alive
+
+
+@few
+@given(seeds, shares)
+def test_shapes_and_weights_together_meet_any_budget_to_the_weight(seed: int, share: float) -> None:
+    space = SPACES["all"]
+    kept = budget_at(space, 0.1 + 0.9 * share)
+    for strategy in space.decode_exact(points(space, seed), [kept] * 3):
+        shape = space.cost.shape(strategy.values)
+        # Of a narrowed site a step is less than a weight; where one is whole, it takes the rest.
+        whole = [
+            zeroed
+            for site, size, zeroed in zip(LARGE.sites, shape.sizes, shape.zeroed, strict=True)
+            if size == site.num_weights
+        ]
+        spare = kept - space.cost.kept_params(strategy.values)
+        assert spare == 0 if any(whole) else spare >= 0
+
+
+@few
+@given(st.sampled_from(["depth", "width", "shapes"]), seeds, shares)
+def test_of_shapes_nothing_is_taken_that_could_be_given_back(
+    name: str, seed: int, share: float
+) -> None:
+    space = SPACES[name]
+    kept = budget_at(space, share)
+    for strategy in space.decode_exact(points(space, seed), [kept] * 3):
+        for a, axis in enumerate(space.axes):
+            values = list(strategy.values)
+            if values[a] > 0:
+                values[a] -= 1 / axis.num_steps
+                assert space.cost.kept_params(values) > kept
 
 
 @few

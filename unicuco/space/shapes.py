@@ -78,7 +78,7 @@ class ShapeFill:
             return self._top.clone()
         rows = self._top.repeat(len(self._choices), 1)
         rows[torch.arange(len(rows)), self._choices] = 0  # one part stays, the cheapest to keep
-        return rows[int(self._kept(rows).argmin())]
+        return self._without_idle(rows[int(self._kept(rows).argmin())])
 
     def _shapes(self, z: Tensor, budget: float) -> Tensor:
         """Return the ``d`` steps of a point's shape axes; its counted axes stay at their bottom."""
@@ -96,7 +96,7 @@ class ShapeFill:
             # As many as the path has passed, but no more than leave counted axes something to do.
             passed = int((place[order] <= 0).sum())
             useful = int((self._kept(prefixes) >= budget).sum()) - 1
-            return prefixes[max(need, min(passed, useful))]
+            return self._without_idle(prefixes[max(need, min(passed, useful))])
         return self._give_back(prefixes[need], self._step_axis[order[:need]].tolist(), budget)
 
     def _without_last_part(self, order: Tensor) -> Tensor:
@@ -106,6 +106,12 @@ class ShapeFill:
         is_choice = torch.isin(self._step_axis[order], torch.tensor(self._choices))
         last = int(is_choice.nonzero()[-1])
         return torch.cat([order[:last], order[last + 1 :]])
+
+    def _without_idle(self, steps: Tensor) -> Tensor:
+        """Undo steps that change nothing: of the units of a part that is removed."""
+        shapes = (~self._counted).nonzero()[:, 0].tolist()
+        taken = [a for a in shapes if steps[a] > self._bottom[a]]
+        return self._give_back(steps, taken, float(self._kept(steps[None])[0]))
 
     def _give_back(self, steps: Tensor, taken: list[int], budget: float) -> Tensor:
         """Undo steps, the last ones first, as far as the budget allows."""
