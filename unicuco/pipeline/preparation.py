@@ -45,6 +45,7 @@ from unicuco.ranks import RankStore
 from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
 from unicuco.shards.plan import check_shards
+from unicuco.space import StrategySpace
 from unicuco.store import Measurement
 from unicuco.surrogate import SurrogateOptions
 from unicuco.types import ModelProfile
