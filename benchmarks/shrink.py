@@ -53,8 +53,8 @@ SHAPES = {
     "large vocabulary": (512, 8, 8, 4, 1408, 128_000),
 }
 PREFILL = (4, 256)  # prompts, tokens of each
-DECODE = (16, 48)  # batch, steps
-ROUNDS = 5
+DECODE = (16, 24)  # batch, steps
+ROUNDS = 3
 
 
 # --- speed ---------------------------------------------------------------------------------------

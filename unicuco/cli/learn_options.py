@@ -39,13 +39,17 @@ class LearnChoices:
         str,
         typer.Option(
             "--granularity",
-            help="layer: one axis per site; block: one per block.",
+            help="layer: an axis per site (depth: attention, MLP); block: one per block.",
             rich_help_panel=_METHOD,
         ),
     ] = "layer"
     dimensions: Annotated[
         str,
-        typer.Option("--dimensions", help="Names, with commas between.", rich_help_panel=_METHOD),
+        typer.Option(
+            "--dimensions",
+            help="sparsity, depth, width, with commas between; the last two shrink.",
+            rich_help_panel=_METHOD,
+        ),
     ] = "sparsity"
     preset: Annotated[
         str,

@@ -13,8 +13,6 @@ SHAPE = {"attention_heads": 4, "key_value_heads": 2, "intermediate_size": 8}
 ORDERS = {
     "ours first": "import unicuco; from transformers import AutoConfig, AutoModelForCausalLM",
     "ours last": "from transformers import AutoConfig, AutoModelForCausalLM; import unicuco",
-    "between": "from transformers import AutoConfig; import unicuco; "
-    "from transformers import AutoModelForCausalLM",
     "a family first": "import unicuco; from transformers import LlamaForCausalLM; "
     "from transformers import AutoConfig, AutoModelForCausalLM",
 }
