@@ -2,10 +2,10 @@
 
 A shape has no derivative to follow and few values, so values are asked, and neighbours judged by
 the surrogate. First every part alone: removed, or narrowed by half (of very many parts, some; the
-others are taken to cost what their neighbours do). The curves that this gives are the process' mean
-function: what parts cost alone. Then, for targets spread over the learned range, the strategy that
-a local search (`unicuco.search.neighbours`) finds best by the surrogate's optimistic bound, and
-that was not asked before.
+others are taken to cost what their neighbours do), and parts narrowed alike. The curves that this
+gives are the process' mean function: what parts cost alone. Then, for targets spread over the
+learned range, the strategy that a local search (`unicuco.search.neighbours`) finds best by the
+surrogate's optimistic bound, and that was not asked before.
 
 Learning a network from that: for targets over the whole range the same local search by the cautious
 bound, from the best measured strategies and the answers to neighbouring targets, gives examples,
@@ -35,6 +35,7 @@ from unicuco.types import Ask, Evaluation, Outcome, Strategy
 _GOLDEN: Final = 0.6180339887498949  # multiples modulo 1 spread evenly, however many there are
 _SHIFT: Final = 0.7548776662466927  # between seeds; unrelated to the former (Roberts 2018)
 _MAX_ALONE: Final = 40  # parts that are judged alone
+_ALIKE: Final = (0.06, 0.2, 0.4)  # of the learned range: where parts are narrowed alike
 _HALF: Final = 0.5  # how far a part is narrowed for that
 _DARING: Final = 1.0  # standard deviations taken off the mean while asking
 _CAUTION: Final = 0.5  # and added to it while teaching
@@ -53,7 +54,7 @@ class ShapeSearch:
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
         self._space = config.space()
-        self._alone = alone_strategies(self._space)
+        self._alone = first_strategies(self._space, config.sparsity_range)
         self._history = History()
         self._told: dict[int, set[str]] = {}
         self._asked: dict[tuple[int, int], list[Strategy]] = {}
@@ -171,7 +172,11 @@ class _Teacher:
         (alone,) = self._alone.allocate([target])
         judge = self._judge(deviations)
         return self._neighbourhood.improve(
-            [alone, *within, *starts], budget, judge, generator, num_best=num_best
+            [alone, self._space.uniform(target), *within, *starts],
+            budget,
+            judge,
+            generator,
+            num_best=num_best,
         )
 
     def _judge(self, deviations: float) -> Judge:
@@ -226,6 +231,15 @@ def _teach(
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def first_strategies(space: StrategySpace, sparsity_range: tuple[float, float]) -> list[Strategy]:
+    """Return what is asked first: every part alone, then all narrowed alike, where they can be."""
+    alone = alone_strategies(space)
+    if all(axis.is_choice or not axis.is_shape for axis in space.axes):
+        return alone
+    low, high = sparsity_range
+    return alone + [space.uniform(low + share * (high - low)) for share in _ALIKE]
 
 
 def alone_strategies(space: StrategySpace) -> list[Strategy]:
