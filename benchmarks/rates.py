@@ -44,7 +44,8 @@ from unicuco.search.evop import Evop, EvopOptions
 from unicuco.search.request import run_request
 
 PATH: Final = RESULTS / "rates.json"
-SPARSITIES: Final = (0.6,)
+_ONE: Final = (0.6,)
+_ALL: Final = (0.5, 0.6, 0.7, 0.8)  # of a method that trains once for all of them
 _TIE: Final = 1.01
 _EVOP_UNITS: Final = 40.0  # enough to tell depths apart
 
@@ -68,6 +69,7 @@ class Choice:
     values: tuple[float, ...]
     make: Callable[[Validation, float], Allocator]
     default: float
+    sparsities: tuple[float, ...] = _ONE
 
 
 class Validation:
@@ -126,6 +128,7 @@ CHOICES: Final[dict[str, Choice]] = {
         values=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
         make=lambda v, rate: AdapMtl(v.context, AdapMtlOptions(learning_rate=rate)),
         default=AdapMtlOptions().learning_rate,
+        sparsities=_ALL,
     ),
     "descent": Choice(
         what="first step in logits (ours)",
@@ -145,13 +148,17 @@ CHOICES: Final[dict[str, Choice]] = {
 
 
 def ratios(entries: Sequence[Entry], method: str) -> dict[float, float]:
-    """Return, per value, the geometric mean over requests of KL relative to uniform's."""
+    """Return, per value, the geometric mean over requests of KL relative to uniform's.
+
+    Only of values that answered as many requests as any did.
+    """
     uniform = {e.sparsity: e.kl for e in entries if e.method == "uniform"}
     logs: dict[float, list[float]] = {}
     for entry in entries:
         if entry.method == method:
             logs.setdefault(entry.value, []).append(math.log(entry.kl / uniform[entry.sparsity]))
-    return {value: math.exp(sum(own) / len(own)) for value, own in logs.items()}
+    most = max(map(len, logs.values()), default=0)
+    return {value: math.exp(sum(own) / most) for value, own in logs.items() if len(own) == most}
 
 
 def best(entries: Sequence[Entry], method: str) -> float:
@@ -188,12 +195,12 @@ def measure(methods: Sequence[str], *, tokens: int) -> list[Entry]:
         entries.append(entry)
         _save(entries, tokens)
 
-    for sparsity in SPARSITIES:
+    for sparsity in _ALL:
         add("uniform", 0.0, sparsity, lambda s=sparsity: validation.uniform_kl(s))  # type: ignore[misc]
     for method in methods:
         for value in CHOICES[method].values:
             allocator = CHOICES[method].make(validation, value)
-            for sparsity in SPARSITIES:
+            for sparsity in CHOICES[method].sparsities:
                 add(method, value, sparsity, lambda a=allocator, s=sparsity: validation.kl(a, s))  # type: ignore[misc]
     return entries
 

@@ -228,7 +228,7 @@ def plot_curves(path: Path, methods: dict[str, Method], sparsities: Sequence[flo
             if method.kind != "per request":
                 if method.name == "stratnet":
                     level = statistics.median(method.values(sparsity, "search_kl"))
-                    axes.axhline(level, color=color, linestyle="--", label="stratnet (110 once)")
+                    axes.axhline(level, color=color, linestyle="--", label="stratnet (once)")
                 continue
             for number, record in enumerate(method.curves(sparsity)):
                 label = method.name if number == 0 else None

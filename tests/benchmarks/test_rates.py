@@ -20,6 +20,7 @@ def test_the_least_geometric_mean_relative_to_uniform_is_best() -> None:
         entry("lua", 1.0, 0.7, 0.9),
         entry("lua", 2.0, 0.5, 0.08),  # 0.8 and 0.5: 0.63, though the mean KL is less
         entry("lua", 2.0, 0.7, 0.5),
+        entry("lua", 3.0, 0.5, 0.01),  # was not asked for the other
     ]
     assert rates.ratios(entries, "lua") == pytest.approx({1.0: 0.6, 2.0: 0.4**0.5})
     assert rates.best(entries, "lua") == 1.0
