@@ -130,7 +130,7 @@ def test_words_that_look_like_markup_are_only_words(
     assert result.code == 0, result.stderr
     assert "variant[/b]" in result.stdout
     result = unicuco("front", tiny_run, "--plot", tmp_path / "none" / "[/b].png")
-    assert one_line(result).endswith("none/[/b].png")
+    assert "none/[/b].png can't be written" in one_line(result)
 
 
 @pytest.mark.parametrize("tokens", [1, None])
