@@ -39,7 +39,7 @@ from unicuco.types import Strategy
 EVOLUTION_UNITS = 300.0
 # By this process, of any seed: drop orders and texts are the same for all.
 _MEASURED: dict[Setting, dict[str, tuple[TestQuality, float]]] = {}
-TRAINED_PER_REQUEST = ("besa", "lua", "adapmtl")  # allocators that train anew for every target
+TRAINED_PER_REQUEST = ("besa", "lua")  # allocators that train anew for every target
 ROWS_SUFFIX = ".safetensors"
 _NEARBY = 0.003  # to time requests that were not asked before
 _DENSE_UNITS = 1.0  # the dense model's pass over the search text

@@ -97,7 +97,7 @@ def test_a_block_axis_takes_the_mean_of_its_sites(tiny_llama: Path) -> None:
     blocks = make_evaluation_case(tiny_llama, granularity=Granularity.BLOCK)
     sites = make_evaluation_case(tiny_llama)
     coarse, fine = (
-        AdapMtl(case.context, AdapMtlOptions(steps=60, learning_rate=0.02)).allocate([0.6])[0]
+        AdapMtl(case.context, AdapMtlOptions(steps=60)).allocate([0.6])[0]
         for case in (blocks, sites)
     )
     profile = sites.loaded.profile
