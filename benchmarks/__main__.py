@@ -1,8 +1,18 @@
-"""Run every benchmark, one after the other."""
+"""Run the main benchmarks, one after the other."""
 
 from __future__ import annotations
 
-from benchmarks import acceptance, bits, cluster, quality, serve, serve_models, speed
+from benchmarks import (
+    acceptance,
+    bits,
+    cluster,
+    predictions,
+    quality,
+    serve,
+    serve_models,
+    shrink,
+    speed,
+)
 
 
 def main() -> None:
@@ -12,6 +22,8 @@ def main() -> None:
     speed.main([])
     cluster.main([])
     bits.main([])
+    shrink.main([])
+    predictions.main([])
     serve.main([])
     serve_models.main([])
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -273,18 +273,18 @@ def measure_quality(seeds: int) -> None:
     print(table(["test KL, nats", *map(str, SPARSITIES)], lines))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="speed, quality; all if none")
     parser.add_argument("--seeds", type=int, default=1)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    parts = arguments.parts or ["speed", "quality"]
+    parts = options.parts or ["speed", "quality"]
     if "speed" in parts:
         measure_speed()
     if "quality" in parts:
-        measure_quality(arguments.seeds)
+        measure_quality(options.seeds)
 
 
 if __name__ == "__main__":

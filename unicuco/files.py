@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, renamed.
+"""Files that are there whole or not at all (a temporary name, synced, renamed), and their digests.
 
 Several who write the same path at once do no harm: one of their files stands there in the end.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -44,3 +45,9 @@ def replace_bytes(path: Path, data: bytes) -> None:
         StorageError: the disk refused; what stood there stays.
     """
     replace_with(path, lambda target: target.write_bytes(data))
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's sha256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -51,7 +51,8 @@ class Kept:
 class Dimension(Protocol):
     """One way of compressing, as the space and the evaluator need it.
 
-    ``must_follow`` names the dimensions that are applied before this one.
+    ``must_follow`` names the dimensions that are applied before this one. Subclasses say what they
+    do; what they leave out changes nothing.
     """
 
     name: str
@@ -72,11 +73,13 @@ class Dimension(Protocol):
         self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
     ) -> frozenset[int]:
         """Return the parts (positions in `parts_of`) that are gone as a whole."""
+        return frozenset()
 
     def removed_units(
         self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
     ) -> dict[int, int]:
         """Return how many units each part loses; parts not named lose none."""
+        return {}
 
     def zeroed(
         self,
@@ -86,6 +89,7 @@ class Dimension(Protocol):
         granularity: Granularity,
     ) -> list[int]:
         """Return how many weights of each site become zero, of ``sizes`` that are still there."""
+        return [0] * len(sizes)
 
     def apply(
         self,
@@ -96,8 +100,9 @@ class Dimension(Protocol):
     ) -> None:
         """Bring structural changes onto a live model, whatever was applied before.
 
-        Weights are brought by the evaluator.
+        Weights are brought by whoever holds them.
         """
+        return
 
 
 def parts_of(profile: ModelProfile) -> tuple[Part, ...]:

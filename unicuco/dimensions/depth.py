@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from unicuco.dimensions.base import Granularity, Kept, parts_of
+from unicuco.dimensions.base import Dimension, Granularity, Kept, parts_of
 from unicuco.errors import RequestError
 from unicuco.models import block_module, silence
 from unicuco.space import Axis
-from unicuco.types import ModelProfile, ServedAs, Site
+from unicuco.types import ModelProfile, ServedAs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOOK: Final = "_unicuco_skip_hook"
 
 
-class Depth:
+class Depth(Dimension):
     """One yes-or-no axis per block or per part: 1 removes it."""
 
     name = "depth"
@@ -65,22 +65,6 @@ class Depth:
         if granularity is Granularity.BLOCK:
             values = [values[part.block] for part in parts]
         return frozenset(p for p, value in enumerate(values) if value >= 0.5)
-
-    def removed_units(
-        self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> dict[int, int]:
-        """Return nothing: what is removed is removed whole."""
-        return {}
-
-    def zeroed(
-        self,
-        sites: Sequence[Site],
-        sizes: Sequence[int],
-        values: Sequence[float],
-        granularity: Granularity,
-    ) -> list[int]:
-        """Return no weight: what is removed is not stored."""
-        return [0] * len(sizes)
 
     def apply(
         self,

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from torch import Tensor
 
-from unicuco.dimensions.base import Granularity, Kept
+from unicuco.dimensions.base import Dimension, Granularity, Kept
 from unicuco.space import Axis
 from unicuco.types import ModelProfile, ServedAs, Site
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # A site without a single weight has no gradient worth the name and no variant wants one.
 MAX_SITE_SPARSITY: Final = 0.98
 
 
-class Sparsity:
+class Sparsity(Dimension):
     """Weights dropped in the order of the rank store. One axis per site, or one per block.
 
     A block's count is split over its sites in proportion to their weights, by largest remainder,
@@ -54,18 +51,6 @@ class Sparsity:
             weights = weights[:, [site.block for site in profile.sites]]
         return Kept(weights=weights)
 
-    def removed_parts(
-        self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> frozenset[int]:
-        """Return no part: masks remove none."""
-        return frozenset()
-
-    def removed_units(
-        self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> dict[int, int]:
-        """Return nothing: masks leave shapes as they are."""
-        return {}
-
     def zeroed(
         self,
         sites: Sequence[Site],
@@ -82,15 +67,6 @@ class Sparsity:
             for k, count in zip(own, _split_block([sizes[k] for k in own], value), strict=True):
                 drops[k] = count
         return drops
-
-    def apply(
-        self,
-        model: nn.Module,
-        profile: ModelProfile,
-        values: Sequence[float],
-        granularity: Granularity,
-    ) -> None:
-        """Do nothing: masks are cut from the rank store by whoever holds the weights."""
 
 
 def _split_block(sizes: Sequence[int], value: float) -> list[int]:

@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from unicuco.dimensions.base import Granularity, Kept
+from unicuco.dimensions.base import Dimension, Granularity, Kept
 from unicuco.errors import RequestError
 from unicuco.space import Axis
-from unicuco.types import ModelProfile, Part, ServedAs, Site
-
-if TYPE_CHECKING:
-    from torch import nn
+from unicuco.types import ModelProfile, Part, ServedAs
 
 _UNITS_PER_STEP: Final = 64
 _MIN_STEPS: Final = 8
 _FEW_UNITS: Final = 32  # heads, or a tiny model's channels: one by one
 
 
-class Width:
+class Width(Dimension):
     """One axis per part: the share of its units that go, on a grid."""
 
     name = "width"
@@ -66,12 +63,6 @@ class Width:
         index = torch.tensor(_narrowed(profile))
         return Kept(width=width.index_copy(1, index, 1.0 - settings))
 
-    def removed_parts(
-        self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> frozenset[int]:
-        """Return no part: the last step stays."""
-        return frozenset()
-
     def removed_units(
         self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
     ) -> dict[int, int]:
@@ -81,25 +72,6 @@ class Width:
             count = num_steps(profile.parts[p])
             units[p] = round(value * count) * (profile.parts[p].num_units // count)
         return units
-
-    def zeroed(
-        self,
-        sites: Sequence[Site],
-        sizes: Sequence[int],
-        values: Sequence[float],
-        granularity: Granularity,
-    ) -> list[int]:
-        """Return no weight: what is removed is not stored."""
-        return [0] * len(sizes)
-
-    def apply(
-        self,
-        model: nn.Module,
-        profile: ModelProfile,
-        values: Sequence[float],
-        granularity: Granularity,
-    ) -> None:
-        """Do nothing: narrowed matrices are brought by whoever holds the weights."""
 
 
 def num_steps(part: Part) -> int:

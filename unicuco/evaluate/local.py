@@ -170,24 +170,25 @@ class LocalEvaluator:
         """Bring the working copy to a strategy, cutting only the sites that change."""
         if rows is not None and self.config.levels:
             raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
-        drops = self._cost.site_drops(strategy.values)
         shape = self._cost.shape(strategy.values)
         units = dict(shape.units)
         with torch.no_grad():
-            for site, zeroed in zip(self.config.profile.sites, shape.zeroed, strict=True):
-                path = site.path
+            for site, size, zeroed in zip(
+                self.config.profile.sites, shape.sizes, shape.zeroed, strict=True
+            ):
+                path, drop = site.path, site.num_weights - size + zeroed
                 offsets = None if rows is None else rows.of(path)
                 lost = units.get(self._part_of[path], 0)
-                same = (drops[path], lost) == (self._dropped[path], self._units_lost[path])
+                same = (drop, lost) == (self._dropped[path], self._units_lost[path])
                 if not (same and offsets is None and self._rows.get(path) is None):
                     # Until it is cut, nobody may take it for what it was: a cut may fail.
                     self._dropped[path] = _UNKNOWN
                     if lost:
                         self._narrow(site, lost, zeroed)
                     else:
-                        self._cut(site, drops[path], offsets)
+                        self._cut(site, drop, offsets)
                 self._rows[path] = offsets
-                self._dropped[path] = drops[path]
+                self._dropped[path] = drop
                 self._units_lost[path] = lost
         self._cost.apply(self._model, strategy.values)
 

@@ -8,7 +8,6 @@ module does not know: how a variant is cut.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from unicuco.errors import VariantError
+from unicuco.files import file_digest
 from unicuco.types import Plan, Prediction, Request, ServedAs, Strategy
 
 DOCUMENT_NAME: Final = "strategy.json"
@@ -127,8 +127,7 @@ def _check_file(path: Path, digest: str | None) -> None:
         if digest is None:
             path.stat()
             return
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = file_digest(path)
     except OSError as error:
         raise VariantError(f"{path} is missing or can't be read: {error.strerror}") from None
     if found != digest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Container, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -69,12 +68,6 @@ def fill_buffer(source: FileIO, part: memoryview) -> None:
         if not count:
             raise ModelError(f"{source.name} ends too early; fetch the model again")
         missing = missing[count:]
-
-
-def hash_file(path: Path) -> str:
-    """Return a file's sha256 in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def copy_small_files(folder: Path, stage: Path, *, present: Container[str]) -> dict[str, str]:

@@ -14,14 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from unicuco.errors import VariantError
-from unicuco.models.block_shapes import BlockShape
+from unicuco.models.block_shapes import SHRUNK_NAMES, BlockShape
 
-# Families of which narrowed variants are written: architecture -> (model_type, architecture) of the
-# one with a shape per block.
-SHRUNK_NAMES: Final = {
-    "LlamaForCausalLM": ("shrunk_llama", "ShrunkLlamaForCausalLM"),
-    "Qwen2ForCausalLM": ("shrunk_qwen2", "ShrunkQwen2ForCausalLM"),
-}
 _COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers")  # by family
 _PER_BLOCK: Final = ("attention_types", "attention_layers", "text_config", "no_rope_layers")
 

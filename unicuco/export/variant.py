@@ -29,7 +29,6 @@ from unicuco.export.files import (
     copy_bytes,
     copy_small_files,
     fill_buffer,
-    hash_file,
     open_file,
     read_checked_header,
     versions_of,
@@ -38,6 +37,7 @@ from unicuco.export.header import FileHeader, TensorEntry
 from unicuco.export.names import match_sites
 from unicuco.export.shrunk import ShrinkPlan, write_shrunk
 from unicuco.export.staging import HashedFile, staged_folder
+from unicuco.files import file_digest
 from unicuco.importance.units import UnitStore
 from unicuco.levels import LevelDatabase
 from unicuco.models import read_site, weight_files
@@ -242,7 +242,7 @@ def _write_through_model(stage: Path, folder: Path, cuts: Sequence[_SiteCut]) ->
     for path in stage.iterdir():  # configurations are taken from the base as they are
         if path.name != INDEX and path.suffix != ".safetensors":
             path.unlink()
-    return {path.name: hash_file(path) for path in sorted(stage.iterdir())}
+    return {path.name: file_digest(path) for path in sorted(stage.iterdir())}
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

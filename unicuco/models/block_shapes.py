@@ -11,6 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+# Families whose blocks can have a shape each: architecture -> (model_type, architecture) of the
+# models that do (`unicuco.models.shrunk`, and the vLLM plugin).
+SHRUNK_NAMES: Final = {
+    "LlamaForCausalLM": ("shrunk_llama", "ShrunkLlamaForCausalLM"),
+    "Qwen2ForCausalLM": ("shrunk_qwen2", "ShrunkQwen2ForCausalLM"),
+}
 _FIELDS: Final = ("attention_heads", "key_value_heads", "intermediate_size")
 
 

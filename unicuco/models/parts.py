@@ -17,16 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unicuco.models.access import silence
+from unicuco.models.block_shapes import SHRUNK_NAMES
 from unicuco.types import Part, Site
-
-# Their blocks have a shape of their own each in `unicuco.models.shrunk` and in the vLLM plugin.
-SHRINKABLE: Final = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
 def find_parts(
@@ -183,7 +181,7 @@ def _blocks_pass_on(
 # Any: a configuration is of any family.
 def _num_units(architecture: str, config: Any, part: Part, sites: Sequence[Site]) -> int:
     """Return how many equal units a part has; 0 where it can't be narrowed."""
-    if architecture not in SHRINKABLE:
+    if architecture not in SHRUNK_NAMES:
         return 0
     own = [next(site for site in sites if site.path == path) for path in part.sites]
     rows = [site.num_rows for site in own[:-1]]

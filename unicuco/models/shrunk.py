@@ -102,7 +102,6 @@ class ShrunkLlamaModel(LlamaModel):
 
     def __init__(self, config: ShrunkLlamaConfig) -> None:
         super().__init__(_without_blocks(config))
-        self.config = config
         _take_shapes(self, config, ShrunkLlamaBlock)
 
 
@@ -114,10 +113,7 @@ class ShrunkLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: ShrunkLlamaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)
-        self.model = ShrunkLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
+        _take_body(self, ShrunkLlamaModel(config), config)
 
 
 class ShrunkQwen2Model(Qwen2Model):
@@ -132,7 +128,6 @@ class ShrunkQwen2Model(Qwen2Model):
 
     def __init__(self, config: ShrunkQwen2Config) -> None:
         super().__init__(_without_blocks(config))
-        self.config = config
         _take_shapes(self, config, ShrunkQwen2Block)
 
 
@@ -144,10 +139,7 @@ class ShrunkQwen2ForCausalLM(Qwen2ForCausalLM):
 
     def __init__(self, config: ShrunkQwen2Config) -> None:
         super(Qwen2ForCausalLM, self).__init__(config)
-        self.model = ShrunkQwen2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
+        _take_body(self, ShrunkQwen2Model(config), config)
 
 
 def register_models() -> None:
@@ -165,12 +157,26 @@ def _without_blocks(config: Config) -> Config:
 
 
 def _take_shapes(
-    model: LlamaModel | Qwen2Model, config: PreTrainedConfig, kind: type[ShrunkBlock]
+    model: LlamaModel | Qwen2Model,
+    config: ShrunkLlamaConfig | ShrunkQwen2Config,
+    kind: type[ShrunkBlock],
 ) -> None:
+    model.config = config
     blocks: list[nn.Module] = []
     attentions = 0
     for shape in shapes_of(config):
         blocks.append(kind(config, shape, attentions))
         attentions += shape.has_attention
     model.layers = nn.ModuleList(blocks)
+    model.post_init()  # type: ignore[no-untyped-call]
+
+
+def _take_body(
+    model: LlamaForCausalLM | Qwen2ForCausalLM,
+    body: LlamaModel | Qwen2Model,
+    config: PreTrainedConfig,
+) -> None:
+    model.model = body
+    model.vocab_size = config.vocab_size
+    model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     model.post_init()  # type: ignore[no-untyped-call]

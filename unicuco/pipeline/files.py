@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +62,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path.parent} is no finished run: {path.name} is missing") from error
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} is damaged or unreadable ({error}); learn the run again") from error
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's sha256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,11 +22,12 @@ from torch import Tensor
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RunError, StorageError, UnicucoError
+from unicuco.files import file_digest
 from unicuco.importance.units import UNITS
 from unicuco.levels import LevelDatabase
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.dense import JudgeWindows
-from unicuco.pipeline.files import file_digest, save_json, save_tensors
+from unicuco.pipeline.files import save_json, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.pictures import draw_front, draw_strategies
 from unicuco.pipeline.preparation import Prepared, allocation_context, build_levels, prepare

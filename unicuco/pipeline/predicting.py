@@ -6,11 +6,11 @@ know: what the logits are compared with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -104,13 +104,8 @@ def open_predictors(*names: Path | str) -> list[Predictor]:
 
 
 def free_bytes() -> float:
-    """Return the memory that may still be taken, as the system says; infinite where it does not."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return math.inf
-    sizes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines)}
-    return 1024 * float(sizes["MemAvailable"]) if "MemAvailable" in sizes else math.inf
+    """Return the memory that may still be taken, as the system says."""
+    return float(psutil.virtual_memory().available)
 
 
 def _whole_bytes(name: Path | str) -> int:

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import ModelError, RunError, UnicucoError
+from unicuco.files import file_digest
 from unicuco.importance.units import UNITS, UnitStore
 from unicuco.levels import FOLDER as LEVELS
 from unicuco.levels import LevelDatabase
 from unicuco.models import model_digest, resolve_model
-from unicuco.pipeline.files import file_digest, load_json, load_tensors
+from unicuco.pipeline.files import load_json, load_tensors
 from unicuco.pipeline.planner import FrontPoint, Planner
 from unicuco.ranks import RankStore
 from unicuco.stratnet import NetKind, StratNet, StratNetAllocator
@@ -237,7 +238,7 @@ def _profile(document: dict[str, Any]) -> ModelProfile:
         name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
     }
     fields["sites"] = tuple(Site(**site) for site in document["sites"])
-    fields["parts"] = tuple(map(_part, document.get("parts", ())))  # older runs name none
+    fields["parts"] = tuple(map(_part, document["parts"]))
     return ModelProfile(**fields)
 
 
