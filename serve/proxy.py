@@ -8,6 +8,8 @@ Serve calls `middlewares` in each proxy process whose environment has `ENVIRONME
 - give the proxy's own failures the error envelope: no such path (404), all queues full or no
   replica (503), a replica that died with the request (no answer at all, which Serve leaves to the
   HTTP server as a bare 500).
+`ENVIRONMENT` also gives a proxy more time to start and to answer than Serve does, for machines that
+are busy.
 
 What stays without the envelope is what is answered below the proxy's application: a line that is no
 HTTP (400, uvicorn), and a connection that is closed because the proxy itself died. Where Serve was
@@ -34,7 +36,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import envelope
 
-ENVIRONMENT: Final = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares"}
+ENVIRONMENT: Final = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
+    # Serve ends a proxy that took longer than 5 s to start, and with it the start of the service;
+    # and one that is silent for three times 10 s, with every call in it. On a machine on which
+    # engines are being started both happen to proxies that are well.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
 STRATEGIES_PATH: Final = "/v1/strategies"
 
 _EXTENSION: Final = "unicuco"

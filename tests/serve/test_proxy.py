@@ -149,6 +149,6 @@ def test_serve_takes_what_is_named_in_the_environment() -> None:
 
     from serve.proxy import ENVIRONMENT
 
-    (path,) = ENVIRONMENT.values()
+    path = ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     made = validate_http_proxy_callback_return(import_attr(path)())
     assert [one.cls for one in made] == [one.cls for one in middlewares()] == [HandOn, Envelopes]
