@@ -1,21 +1,26 @@
-"""How many pruning replicas there should be: from the length of the queue, at once.
+"""How many pruning replicas there should be: from the length of the queue, within seconds.
 
 Serve's own policy looks at requests under way, of which cutting has none, and waits half a minute
-before it scales up. `by_queue` is the hook that Serve calls in its controller; what it decides by
-is `replicas_for`, a pure function. What this module does not know: the database.
+before it scales up. `QueuePolicy` is the hook that Serve calls in its controller; what it decides
+by are `replicas_for` and `Burst`, which know neither clock nor cluster. What this module does not
+know: the database.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 QUEUE_METRIC: Final = "active_jobs"
+_STATE: Final = "burst"
 
 _WATCH_S: Final = 1.0
 _WARMING_S: Final = 8.0  # on busy cores, until a replica takes its first job
 _IDLE_S: Final = 15.0  # past a burst, and past the time after which idle replicas are stopped
+_HOLD_S: Final = 3.0  # what starting replicas takes, and takes from the others, on busy cores
+_NOTABLE_S: Final = 1.0
 
 
 def replicas_for(num_active: float, *, jobs_per_replica: int, lowest: int, highest: int) -> int:
@@ -28,6 +33,42 @@ def replicas_for(num_active: float, *, jobs_per_replica: int, lowest: int, highe
         highest: replicas that may be.
     """
     return max(lowest, min(highest, math.ceil(num_active / jobs_per_replica)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Burst:
+    """A queue for which there are too few replicas, and what they wait for.
+
+    A replica that is started takes seconds of a core before it is of use. So none is started while
+    those that are there may get through the queue sooner. If they do, the others are started after
+    it, when nothing is slowed down by that: where many came once, many may come again. A queue that
+    was gone within ``_NOTABLE_S`` is not taken for a sign of more.
+
+    ``began_s``: when they became too few. ``most``: replicas that it deserved at its longest.
+    """
+
+    began_s: float
+    most: int
+
+    @staticmethod
+    def decide(
+        burst: Burst | None, *, wanted: int, present: int, now_s: float
+    ) -> tuple[int, Burst | None]:
+        """Return how many replicas there should be now, and what to remember.
+
+        Args:
+            burst: what was remembered.
+            wanted: see `replicas_for`.
+            present: replicas that there should be so far.
+            now_s: seconds of a clock.
+        """
+        if wanted > present:
+            began_s, most = (now_s, 0) if burst is None else (burst.began_s, burst.most)
+            now = Burst(began_s=began_s, most=max(most, wanted))
+            return (now.most, None) if now_s - began_s >= _HOLD_S else (present, now)
+        if burst is not None and now_s - burst.began_s >= _NOTABLE_S:
+            return max(burst.most, wanted), None
+        return wanted, None
 
 
 def is_worth_warming(
@@ -71,9 +112,9 @@ class QueuePolicy:
     def __init__(self, jobs_per_replica: int) -> None:
         self._jobs_per_replica = jobs_per_replica
 
-    # Any: Serve's context, whose metrics are untyped mappings.
-    def __call__(self, context: Any) -> tuple[int, dict[str, object]]:
-        """Return the wanted number of replicas, and no state."""
+    # Any: Serve's context, whose metrics are untyped mappings, and what it keeps between calls.
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """Return the wanted number of replicas, and what to be told the next time."""
         reported: Mapping[object, Iterable[Any]] = (context.raw_metrics or {}).get(QUEUE_METRIC, {})
         wanted = replicas_for(
             newest(reported.values()),
@@ -81,4 +122,10 @@ class QueuePolicy:
             lowest=context.capacity_adjusted_min_replicas,
             highest=context.capacity_adjusted_max_replicas,
         )
-        return wanted, {}
+        replicas, burst = Burst.decide(
+            context.policy_state.get(_STATE),
+            wanted=wanted,
+            present=context.target_num_replicas,
+            now_s=context.current_time,
+        )
+        return replicas, {_STATE: burst}

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.scaling import QUEUE_METRIC, QueuePolicy, is_worth_warming, newest, replicas_for
+from serve.scaling import (
+    QUEUE_METRIC,
+    Burst,
+    QueuePolicy,
+    is_worth_warming,
+    newest,
+    replicas_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +63,52 @@ def test_the_latest_report_counts_whoever_made_it() -> None:
     assert newest([[], []]) == newest([]) == 0
 
 
-def context(metrics: object) -> SimpleNamespace:
+def decisions(queue: list[int], *, every_s: float = 0.5, present: int = 1) -> list[int]:
+    """What is decided while the wanted number changes, every so often."""
+    burst, told = None, []
+    for step, wanted in enumerate(queue):
+        present, burst = Burst.decide(
+            burst, wanted=wanted, present=present, now_s=100 + step * every_s
+        )
+        told.append(present)
+    return told
+
+
+def test_a_queue_that_stays_is_given_replicas_after_three_seconds() -> None:
+    assert decisions([1, 4, 4, 4, 4, 4, 4, 4, 4]) == [1] * 7 + [4] * 2
+
+
+def test_replicas_that_a_burst_deserved_are_started_after_it() -> None:
+    assert decisions([1, 3, 4, 2, 1, 1]) == [1, 1, 1, 1, 4, 1]
+
+
+def test_a_burst_that_is_gone_at_once_starts_nothing() -> None:
+    assert decisions([1, 2, 1, 1, 1]) == [1] * 5
+
+
+def test_two_bursts_are_two() -> None:
+    assert decisions([1, 4, 1, 4, 4, 4, 1]) == [1, 1, 1, 1, 1, 1, 4]
+
+
+def test_fewer_are_wanted_at_once_and_left_to_serve_to_delay() -> None:
+    assert decisions([4, 2, 1], present=4) == [4, 2, 1]
+
+
+def context(metrics: object, at_s: float = 0, state: object = None) -> SimpleNamespace:
     return SimpleNamespace(
-        raw_metrics=metrics, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=4
+        raw_metrics=metrics,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=4,
+        target_num_replicas=1,
+        current_time=at_s,
+        policy_state=state or {},
     )
 
 
-def test_the_policy_asks_the_reports_and_keeps_no_state() -> None:
+def test_the_policy_asks_the_reports_and_remembers_the_burst() -> None:
     policy = QueuePolicy(jobs_per_replica=4)
     reported = {QUEUE_METRIC: {"one": [point(1, 0)], "two": [point(2, 9)]}, "other": {}}
-    assert policy(context(reported)) == (3, {})
-    assert policy(context({})) == policy(context(None)) == (1, {})
+    replicas, state = policy(context(reported, 10))
+    assert replicas == 1
+    assert policy(context(reported, 13, state))[0] == 3
+    assert policy(context({}, 10))[0] == policy(context(None, 10))[0] == 1
