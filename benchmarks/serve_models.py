@@ -1,10 +1,10 @@
 """What a checked switch costs beside a bare reload, and whether load ever mixes two variants.
 
 One idle vLLM engine is switched 200 times, in place, among eight masked variants of the embedded
-model (files hashed, shapes compared, prefix cache reset, canary answered); between the switches the
-weights are reloaded with no check at all. Then 16 clients stream greedy answers from eight variants
-on two engines of the fleet that serves, and every answer's tokens are compared with those of
-transformers for the variant it names.
+model (files hashed, shapes compared, prefix cache reset, canary and weights in memory checked);
+between the switches the weights are reloaded with no check at all. Then 16 clients stream greedy
+answers from eight variants on two engines of the fleet that serves, and every answer's tokens are
+compared with those of transformers for the variant it names.
 
     python -m benchmarks.serve_models [--switches 200] [--clients 16] [--answers 6]
 """
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.common import save, table
 from serve.fleet import Fleet, Prompt, Target
-from unicuco.engines import StreamingVllmEngine, StreamSampling, VllmOptions
+from unicuco.engines import Expectation, StreamingVllmEngine, StreamSampling, VllmOptions
 from unicuco.models import load_model, load_tokenizer
 from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn, prune
 from unicuco.types import Request
@@ -64,8 +64,8 @@ def make_variants(root: Path) -> list[Path]:
 
 async def measure(folders: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """Measure switches on one engine, then load on two."""
-    canaries: dict[str, tuple[int, ...]] = {}
-    engines = [StreamingVllmEngine(VllmOptions(threads=1), canaries=canaries) for _ in range(2)]
+    known: dict[str, Expectation] = {}
+    engines = [StreamingVllmEngine(VllmOptions(threads=1), known=known) for _ in range(2)]
     try:
         started = time.perf_counter()
         targets = [await target_of(engines[0], folder) for folder in folders]

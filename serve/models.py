@@ -36,7 +36,13 @@ from serve.config import EngineOptions, ServeConfig
 from serve.fleet import AnswerError, Fleet, Piece, Prompt, Target
 from serve.scheduler import QueueFullError
 from serve.texts import ChatMessage, Texts, Written
-from unicuco.engines import StreamingEngine, StreamingVllmEngine, StreamSampling, VllmOptions
+from unicuco.engines import (
+    Expectation,
+    StreamingEngine,
+    StreamingVllmEngine,
+    StreamSampling,
+    VllmOptions,
+)
 from unicuco.errors import RequestError, UnicucoError
 from unicuco.export.document import DOCUMENT_NAME
 from unicuco.models import resolve_model
@@ -125,12 +131,12 @@ def vllm_engines(config: ServeConfig) -> list[StreamingEngine]:
         # Engines that are bound to cores would meet whatever else is bound to them: shares do.
         threads=options.threads or _share_of_cores(options),
     )
-    canaries: dict[str, tuple[int, ...]] = {}
+    known: dict[str, Expectation] = {}
     return [
         StreamingVllmEngine(
             vllm,
             scratch=Path(config.data) / "engines" / str(number),
-            canaries=canaries,
+            known=known,
             start_timeout_s=options.start_timeout_s,
         )
         for number in range(options.max_engines)

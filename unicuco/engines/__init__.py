@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from unicuco.engines.canary import Expectation
 from unicuco.engines.protocol import Generation, Sampling, TextEngine
 from unicuco.engines.streaming import Checked, Delta, StreamingEngine, StreamSampling
 from unicuco.engines.streaming_vllm import StreamingVllmEngine
@@ -18,6 +19,7 @@ __all__ = [
     "ENGINES",
     "Checked",
     "Delta",
+    "Expectation",
     "Generation",
     "Sampling",
     "StreamSampling",

@@ -1,4 +1,4 @@
-"""What a model must say to the canary prompt, found without the engine that is to be checked.
+"""What an engine must say to the canary prompt and hold in memory, found without that engine.
 
 A plain greedy loop over transformers' float32 logits. Two correct engines may choose differently
 where the best two tokens are nearly equal, so the expectation ends before the first such place.
@@ -8,16 +8,30 @@ What this module does not know: engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from unicuco.engines.sketch import Sketch, sketch_of
 from unicuco.engines.streaming import CANARY_PROMPT, CANARY_TOKENS
 from unicuco.models import load_model, load_tokenizer
 
 # Logits in nats: float32 engines differ by some 1e-5, bfloat16 ones by some 1e-2.
 _CLEAR_GAP: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What every engine of one folder must show.
+
+    ``tokens``: the greedy answer to the canary prompt must begin with them; may be none.
+    ``weights``: of the model in memory.
+    """
+
+    tokens: tuple[int, ...]
+    weights: Sketch
 
 
 def canary_prompt(folder: Path) -> tuple[int, ...]:
@@ -29,8 +43,8 @@ def canary_prompt(folder: Path) -> tuple[int, ...]:
     return tuple(load_tokenizer(folder)(CANARY_PROMPT)["input_ids"])
 
 
-def expected_tokens(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
-    """Return the greedy tokens that every engine of this folder must begin with; may be none.
+def expectation_of(folder: Path, prompt: Sequence[int]) -> Expectation:
+    """Return what Transformers makes of a folder.
 
     Args:
         folder: a model or variant.
@@ -49,7 +63,7 @@ def expected_tokens(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
         gaps.append(float(best.values[0] - best.values[1]))
         if ids[-1] == model.config.eos_token_id:
             break
-    return confident_prefix(ids[len(prompt) :], gaps)
+    return Expectation(confident_prefix(ids[len(prompt) :], gaps), sketch_of(model))
 
 
 def confident_prefix(tokens: Sequence[int], gaps: Sequence[float]) -> tuple[int, ...]:

@@ -3,11 +3,12 @@
 Two processes of its own (a front that holds vLLM's `AsyncLLM`, and vLLM's core), so a dying engine
 takes nothing with it. `serve` is all a caller needs: the folder is checked against its own digests
 and compared in its shapes before vLLM hears of it (other shapes would kill the core), then
-switched to in place or loaded anew; afterwards the canary prompt must be answered as transformers
-answers it (models up to ``canary_bytes``) or as it was answered before.
+switched to in place or loaded anew; afterwards the weights in memory (`unicuco.engines.sketch`) and
+the answer to the canary prompt must be what transformers makes of the folder (models up to
+``canary_bytes``), or what they were before.
 
-What it does not know: HTTP, queues, which folder should be served when. It can't compare the
-weights in memory with the file's: on a CPU vLLM repacks them and keeps no copy.
+What it does not know: HTTP, queues, which folder should be served when. Weights that are split over
+several GPUs are not compared in memory.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from unicuco.engines.canary import canary_prompt
+from unicuco.engines.canary import Expectation, canary_prompt
 from unicuco.engines.folder import FolderFacts, read_facts
+from unicuco.engines.sketch import Sketch, first_difference
 from unicuco.engines.streaming import CANARY_TOKENS, Checked, Delta, StreamSampling
 from unicuco.engines.streaming_child import StreamingChild
 from unicuco.engines.vllm_engine import VllmOptions, require_vllm
@@ -58,8 +60,8 @@ class StreamingVllmEngine:
         options: how vLLM runs.
         scratch: a folder on the models' file system; a model is hard-linked into it while it is
             served, so that it can be deleted meanwhile. None: models are read where they lie.
-        canaries: folder digest -> what the canary is answered; engines may share one.
-        canary_bytes: models up to this size are also run by transformers once, for their canary.
+        known: folder digest -> what its engines must show; engines may share one.
+        canary_bytes: models up to this size are also run by transformers once, to know it.
         start_timeout_s: for loading; imports alone take over a minute on a cold disk.
     """
 
@@ -70,13 +72,13 @@ class StreamingVllmEngine:
         options: VllmOptions | None = None,
         *,
         scratch: Path | None = None,
-        canaries: dict[str, tuple[int, ...]] | None = None,
+        known: dict[str, Expectation] | None = None,
         canary_bytes: int = 1 << 30,
         start_timeout_s: float = 600.0,
     ) -> None:
         self.options = options or VllmOptions()
         self._scratch = scratch
-        self._canaries = {} if canaries is None else canaries
+        self._known = {} if known is None else known
         self._canary_bytes = canary_bytes
         self._start_timeout_s = start_timeout_s
         self._child: StreamingChild | None = None
@@ -178,7 +180,7 @@ class StreamingVllmEngine:
             answer = await self._ask(question, self._start_timeout_s)
             self._context = int(str(answer["context"]))
             expected = await self._expected(target)
-            answer = await self._ask({"op": "canary", "prompt": list(target.canary)}, _SWITCH_S)
+            answer = await self._ask({"op": "show", "prompt": list(target.canary)}, _SWITCH_S)
             self._compare(target, answer, expected)
         except BaseException as error:
             await self.close()
@@ -202,27 +204,28 @@ class StreamingVllmEngine:
                 ) from None
             raise
 
-    async def _expected(self, target: _Target) -> tuple[int, ...]:
-        """Return what the canary must be answered; empty where nothing is known yet."""
-        known = self._canaries.get(target.digest)
+    async def _expected(self, target: _Target) -> Expectation | None:
+        """Return what the engine must show of a folder; none where nothing is known yet."""
+        known = self._known.get(target.digest)
         if known is None and target.num_bytes <= self._canary_bytes:
             question = {
                 "op": "expect", "folder": str(target.facts.path), "prompt": list(target.canary)
             }  # fmt: skip
-            answer = await self._ask(question, _SWITCH_S)
-            tokens = answer["tokens"]
-            assert isinstance(tokens, list)
-            known = self._canaries[target.digest] = tuple(tokens)
-        return known or ()
+            known = self._known[target.digest] = _shown(await self._ask(question, _SWITCH_S))
+        return known
 
     def _compare(
-        self, target: _Target, answer: Mapping[str, object], expected: tuple[int, ...]
+        self, target: _Target, answer: Mapping[str, object], expected: Expectation | None
     ) -> None:
-        tokens = answer["tokens"]
-        assert isinstance(tokens, list)
-        if tuple(tokens[: len(expected)]) != expected:
-            raise EngineError(f"the canary was answered {tokens}, expected {list(expected)}")
-        self._canaries.setdefault(target.digest, tuple(tokens))
+        found = _shown(answer)
+        expected = self._known.setdefault(target.digest, found) if expected is None else expected
+        if found.tokens[: len(expected.tokens)] != expected.tokens:
+            raise EngineError(
+                f"the canary was answered {list(found.tokens)}, expected {list(expected.tokens)}"
+            )
+        differs = first_difference(expected.weights, found.weights)
+        if differs is not None:
+            raise EngineError(f"{differs} in memory is not what the folder holds")
 
     async def _ask(self, question: Mapping[str, object], timeout_s: float) -> dict[str, object]:
         if self._child is None:
@@ -277,6 +280,10 @@ class StreamingVllmEngine:
             return self._served.canary
         room = (self.options.context or facts.context or _LEAST_CONTEXT) - CANARY_TOKENS
         return canary_prompt(facts.path)[: max(1, room)]
+
+
+def _shown(answer: Mapping[str, Any]) -> Expectation:  # Any: JSON
+    return Expectation(tuple(answer["tokens"]), Sketch(**answer["weights"]))
 
 
 def _remove(folder: Path | None) -> None:

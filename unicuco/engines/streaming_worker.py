@@ -1,8 +1,9 @@
 """The process that holds vLLM's asynchronous engine; `StreamingVllmEngine` starts and asks it.
 
-A switch is: wait for what runs, pause, reload, reset the prefix cache, resume, ask the canary;
+A switch is: wait for what runs, pause, reload, reset the prefix cache, resume, ask the canary and
+the memory;
 requests that come meanwhile wait at a gate. A switch that fails in the middle leaves weights that
-are half old and half new, so the process ends; the owner compares the canary's answer. What it does
+are half old and half new, so the process ends; the owner compares what was answered. What it does
 not know: which folders may be switched in place; the owner compares shapes and checksums before it
 asks.
 """
@@ -16,6 +17,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,7 @@ from unicuco.engines.vllm_plugin import register
 
 _FIT_MEMORY: Final = -1  # vLLM's word for: the model's context, or less if the cache holds less
 _UNFIT: Final = 70  # exit status
+_EXTENSION: Final = "unicuco.engines.vllm_sketch.SketchingWorker"
 
 
 class StreamingWorker:
@@ -69,6 +72,7 @@ class StreamingWorker:
             enforce_eager=bool(question["eager"]),
             tensor_parallel_size=int(question["num_gpus"]),
             gpu_memory_utilization=float(question["memory_fraction"]),
+            worker_extension_cls=_EXTENSION,
             disable_log_stats=True,
             seed=0,
         )
@@ -77,12 +81,12 @@ class StreamingWorker:
         return {"context": int(self._llm.model_config.max_model_len)}
 
     async def do_expect(self, question: Mapping[str, Any]) -> dict[str, object]:
-        """Say what transformers answers to the canary prompt, beside the running engine."""
+        """Say what transformers makes of ``folder``, beside the running engine."""
         from unicuco.engines import canary
 
         folder = Path(question["folder"])
-        tokens = await asyncio.to_thread(canary.expected_tokens, folder, question["prompt"])
-        return {"tokens": list(tokens)}
+        expected = await asyncio.to_thread(canary.expectation_of, folder, question["prompt"])
+        return asdict(expected)
 
     async def do_switch(self, question: Mapping[str, Any]) -> dict[str, object]:
         """Read the weights of ``folder`` into the running engine, and say what it answers then."""
@@ -96,13 +100,15 @@ class StreamingWorker:
             if not await self._llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache can't be reset while requests run")
             await self._llm.resume_generation()
-            tokens = await self._canary(question["prompt"])
+            answer = await self.do_show(question)
             self._torn = False
-        return {"tokens": tokens, "seconds": time.perf_counter() - started}
+        return {**answer, "seconds": time.perf_counter() - started}
 
-    async def do_canary(self, question: Mapping[str, Any]) -> dict[str, object]:
-        """Say what the engine answers to the canary prompt."""
-        return {"tokens": await self._canary(question["prompt"])}
+    async def do_show(self, question: Mapping[str, Any]) -> dict[str, object]:
+        """Say what the engine answers to the canary prompt, and what it holds in memory."""
+        tokens = await self._canary(question["prompt"])
+        sketches = await self._llm.collective_rpc("sketch_weights")
+        return {"tokens": tokens, "weights": sketches[0]}
 
     async def do_reload(self, question: Mapping[str, Any]) -> dict[str, object]:
         """Reload weights and nothing else: what a switch is measured against."""

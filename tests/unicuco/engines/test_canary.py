@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unicuco.engines.canary import canary_prompt, confident_prefix, expected_tokens
+from unicuco.engines.canary import canary_prompt, confident_prefix, expectation_of
 from unicuco.engines.streaming import CANARY_TOKENS
 
 
@@ -14,6 +14,6 @@ def test_what_is_expected_ends_before_two_tokens_are_nearly_equal() -> None:
 
 def test_the_canary_is_asked_in_the_models_own_tokens(trained_folder: Path) -> None:
     prompt = canary_prompt(trained_folder)
-    tokens = expected_tokens(trained_folder, prompt[:40])
-    assert 1 <= len(tokens) <= CANARY_TOKENS  # a trained model is sure of something
-    assert tokens == expected_tokens(trained_folder, prompt[:40])
+    expected = expectation_of(trained_folder, prompt[:40])
+    assert 1 <= len(expected.tokens) <= CANARY_TOKENS  # a trained model is sure of something
+    assert expected == expectation_of(trained_folder, prompt[:40])

@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,22 +102,35 @@ def test_an_altered_variant_is_refused_and_the_old_one_served_on(
 
 
 @pytest.mark.slow
-def test_a_wrong_answer_to_the_canary_closes_the_engine(
+def test_all_weights_in_memory_are_compared_and_wrong_ones_close_the_engine(
     talk: Talk, model_folder: Path, variant_folder: Path
 ) -> None:
     runner, engine = talk
-    runner.run(engine.serve(model_folder))
+    dense = runner.run(engine.serve(model_folder)).digest
     digest = runner.run(engine.serve(variant_folder)).digest
+    shown = runner.run(engine._ask({"op": "show", "prompt": [1]}, 60))["weights"]
+    true = engine._known[digest]
+    assert set(shown["sums"]) == set(true.weights.sums)
     runner.run(engine.serve(model_folder))
-    true = engine._canaries[digest]
-    engine._canaries[digest] = (259,) * 8
-    with pytest.raises(EngineError, match=r"engine was closed: the canary was answered"):
+    engine._known[digest] = replace(true, weights=engine._known[dense].weights)
+    with pytest.raises(EngineError, match=r"engine was closed: .*_proj.weight in memory is not"):
         runner.run(engine.serve(variant_folder))
     assert not engine.alive
     assert engine.pid is None
-    engine._canaries[digest] = true
+    engine._known[digest] = true
     with pytest.raises(EngineError, match="nothing is loaded"):
         runner.run(engine.check_health())
+
+
+def test_a_wrong_answer_to_the_canary_is_refused_and_the_first_remembered() -> None:
+    engine = StreamingVllmEngine()
+    target = SimpleNamespace(digest="d")
+    answer = {"tokens": [1, 2, 3], "weights": {"precision": 0.0, "sums": {}}}
+    engine._compare(target, answer, None)  # type: ignore[arg-type]
+    assert engine._known["d"].tokens == (1, 2, 3)
+    engine._compare(target, {**answer, "tokens": [1, 2, 3, 4]}, engine._known["d"])  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=r"the canary was answered \[1, 2\]"):
+        engine._compare(target, {**answer, "tokens": [1, 2]}, engine._known["d"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
