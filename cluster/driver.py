@@ -36,6 +36,7 @@ from cluster.actors import (
 from cluster.learner import RaySearch
 from cluster.level_crew import LevelCrew
 from cluster.local_ray import connect, local_ray
+from cluster.metrics import RayMeter
 from cluster.pool import RayPool
 from cluster.replicas import ActorReplica, PipelineReplica, Replica
 from cluster.room import largest_memory_bytes, too_large
@@ -104,7 +105,7 @@ class RayBackend:
             actor = ray.remote(LearnerActor).options(num_cpus=0, runtime_env=self._environment())
             return actor.remote(self._build_search, search)
 
-        learner = RaySearch(start_learner)
+        learner = RaySearch(start_learner, self._meter)
         self._stack.callback(learner.close)
         return learner, pool
 
@@ -119,7 +120,9 @@ class RayBackend:
             start_replica = self._pipelines(evaluator, arrays)
         else:
             start_replica = self._actors(evaluator, arrays)
-        pool = RayPool(start_replica, self._replicas, too_large=self._too_large)
+        self._meter = RayMeter()
+        self._stack.callback(self._meter.close)
+        pool = RayPool(start_replica, self._replicas, too_large=self._too_large, meter=self._meter)
         self._stack.callback(pool.close)
         return pool
 

@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.actors import Handle
+from cluster.metrics import Meter, NoMeter
 from unicuco.errors import ClusterError, UnicucoError
 from unicuco.types import Ask, Outcome
 
@@ -23,10 +24,12 @@ class RaySearch:
 
     Args:
         start_learner: starts a learner actor and returns its handle at once.
+        meter: told what the search is told.
     """
 
-    def __init__(self, start_learner: Callable[[], Handle]) -> None:
+    def __init__(self, start_learner: Callable[[], Handle], meter: Meter | None = None) -> None:
         self._start_learner = start_learner
+        self._meter = meter or NoMeter()
         self._told: list[tuple[int, Sequence[tuple[Ask, Outcome]]]] = []
         self._learner = start_learner()
         self._is_lost = False
@@ -41,6 +44,7 @@ class RaySearch:
         """Take a whole round in ask order."""
         self._call("tell", round, results)
         self._told.append((round, results))
+        self._meter.told(results)
 
     def close(self) -> None:
         """End the learner."""

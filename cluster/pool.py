@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from ray.exceptions import RayError, RayTaskError
 
+from cluster.metrics import Meter, NoMeter
 from cluster.replicas import Ref, Replica
 from unicuco.errors import ClusterError, UnicucoError
 from unicuco.types import Ask, FailedEvaluation, Outcome
@@ -49,6 +50,7 @@ class RayPool:
         num_replicas: how many to hold.
         start_timeout_s: how long to wait while no replica at all is ready.
         too_large: says in a line why no node can ever hold a replica; none: one may.
+        meter: told of every ask and outcome.
     """
 
     def __init__(
@@ -58,10 +60,12 @@ class RayPool:
         *,
         start_timeout_s: float = 600.0,
         too_large: Callable[[], str | None] = lambda: None,
+        meter: Meter | None = None,
     ) -> None:
         self._start_replica = start_replica
         self._start_timeout_s = start_timeout_s
         self._too_large = too_large
+        self._meter = meter or NoMeter()
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over all below: asks come from another thread than outcomes
         self._is_closed = False
@@ -80,6 +84,7 @@ class RayPool:
     def submit(self, ask: Ask) -> None:
         """Give an ask to a free replica, or queue it."""
         with self._lock:
+            self._meter.submitted()
             self._waiting.append(ask)
             self._dispatch()
 
@@ -105,8 +110,9 @@ class RayPool:
                 else:
                     result = self._settle_failure(member, ask, error)
                 self._dispatch()
-            if result is not None:
-                return result
+                if result is not None:
+                    self._meter.finished(result[1])
+                    return result
 
     def close(self) -> None:
         """End every replica; a `next_outcome` that waits is told."""

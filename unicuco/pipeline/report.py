@@ -16,19 +16,16 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from unicuco.files import replace_with
 from unicuco.pipeline.pictures import draw_front, draw_strategies
 from unicuco.pipeline.run import MANIFEST, Run
 from unicuco.plots import plot_learning, plot_predictions
-from unicuco.search.hypervolume import hypervolume
+from unicuco.search.hypervolume import WORST_KL, quality_volume
 from unicuco.store import EvaluationStore
 from unicuco.surrogate import EPSILON
 from unicuco.types import Evaluation, FailedEvaluation, Plan, Prediction, Request, Target
 
 _ASKED: Final = tuple(k / 10 for k in range(1, 10))  # sparsities of the first table
-_WORST_KL: Final = 3.0  # nats per token: the corner that hypervolume is counted up to
 _STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --page: #fff }
 @media (prefers-color-scheme: dark) {
@@ -76,13 +73,9 @@ def learning_curve(run: Run) -> list[LearningPoint]:
         outcomes = [outcome for _, outcome in store.read() if isinstance(outcome, Evaluation)]
     spent = accumulate((outcome.cost_units for outcome in outcomes), initial=before)
     next(spent)
-    corner = torch.tensor([1.0, math.log(_WORST_KL + EPSILON)], dtype=torch.float64)
-    points = torch.tensor(
-        [(outcome.kept_fraction, math.log(outcome.kl + EPSILON)) for outcome in outcomes],
-        dtype=torch.float64,
-    )
+    points = [(outcome.kept_fraction, outcome.kl) for outcome in outcomes]
     return [
-        LearningPoint(units=units, hypervolume=hypervolume(points[: count + 1], corner))
+        LearningPoint(units=units, hypervolume=quality_volume(points[: count + 1]))
         for count, units in enumerate(spent)
     ]
 
@@ -132,7 +125,7 @@ def _sections(run: Run) -> Iterator[str]:
     yield _figure(
         lambda path: plot_learning(path, [(p.units, p.hypervolume) for p in curve]),
         "Hypervolume of (kept fraction, log KL on the search text) up to the dense size and "
-        f"{_WORST_KL:g} nats, against the units spent; a unit is one forward pass over the search "
+        f"{WORST_KL:g} nats, against the units spent; a unit is one forward pass over the search "
         "text.",
     )
     yield "<h2>What each step is worth</h2>"

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Final
+
 import torch
 from torch import Tensor
+
+from unicuco.surrogate import EPSILON
+
+WORST_KL: Final = 3.0  # nats per token: the corner that strategies' hypervolume is counted up to
+
+
+def quality_volume(points: Sequence[tuple[float, float]]) -> float:
+    """Return the area that strategies dominate: kept fraction by log KL.
+
+    Args:
+        points: kept fraction and KL in nats per token of each; counted up to the dense size and 3
+            nats, beyond which nothing adds to it.
+    """
+    logs = [(kept, math.log(kl + EPSILON)) for kept, kl in points]
+    corner = torch.tensor([1.0, math.log(WORST_KL + EPSILON)], dtype=torch.float64)
+    return hypervolume(torch.tensor(logs, dtype=torch.float64).reshape(-1, 2), corner)
 
 
 def hypervolume(points: Tensor, reference: Tensor) -> float:
