@@ -20,8 +20,14 @@ def test_the_example_describes_a_run_with_the_defaults_of_the_command_line() -> 
 
 def test_every_file_here_has_a_test() -> None:
     assert {path.name for path in CONFIGS.iterdir()} == {
+        "aws.yaml",
+        "gcp.yaml",
         "learn.yaml",
         "local-autoscaling.yaml",
+        "raycluster.yaml",
+        "rayjob.yaml",
+        "rayservice.yaml",
+        "redis.yaml",
         "serve.yaml",
     }
 
