@@ -46,6 +46,7 @@ class LearnConfig(BaseModel):
     dimensions: list[str] | str = "sparsity"
     preset: str = "default"
     evaluations: int | None = None
+    round_size: int | None = None
     replicas: int = 1
     shards: int = 1
     threads: int = 1
@@ -104,6 +105,7 @@ class LearnConfig(BaseModel):
             dimensions=tuple(name.strip() for name in names),
             preset=self.preset,
             evaluations=self.evaluations,
+            round_size=self.round_size,
             replicas=self.replicas,
             shards=self.shards,
             calibration=None if self.calibration is None else Path(self.calibration),

@@ -68,6 +68,15 @@ class LearnChoices:
             rich_help_panel=_METHOD,
         ),
     ] = None
+    round_size: Annotated[
+        int | None,
+        typer.Option(
+            "--round-size",
+            min=1,
+            help="Strategies asked at a time; many replicas want many.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
     seed: Annotated[
         int, typer.Option("--seed", help="Decides all that is drawn.", rich_help_panel=_METHOD)
     ] = 0

@@ -36,6 +36,8 @@ class LearnOptions:
     ``pruner`` is a metric of the drop order, or sparsegpt, whose sites come from a level database;
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
     are tokens per evaluation; ``shards`` are the actors that each replica's blocks are spread over;
+    ``round_size`` strategies are asked before what they say is learned from (none: the preset's
+    own): at most two rounds are under way, so more replicas want larger ones;
     ``context`` tokens per window (none: the model's own, at most 512);
     ``calibration_sampling`` how calibration windows are chosen from their text;
     ``tasks`` are names and texts that requests may weigh, each a share of every text, in place of
@@ -52,6 +54,7 @@ class LearnOptions:
     dimensions: tuple[str, ...] = ("sparsity",)
     preset: str = "default"
     evaluations: int | None = None
+    round_size: int | None = None
     replicas: int = 1
     shards: int = 1
     calibration: Path | None = None
@@ -90,6 +93,11 @@ class LearnOptions:
             raise RequestError("clustered sampling embeds text by a whole model: shards must be 1")
         self._check_tasks()
         _at_least("evaluations", self.num_evaluations, MIN_EVALUATIONS)
+        _at_least("round-size", 1 if self.round_size is None else self.round_size, 1)
+        if self.round_size is not None and (self.preset != "default" or self.shrinks):
+            raise RequestError(
+                "round-size is for preset default and the dimension sparsity; leave it out"
+            )
         _at_least("replicas", self.replicas, 1)
         _at_least("shards", self.shards, 1)
         _at_least("tokens", self.tokens, 2)
@@ -158,6 +166,8 @@ class LearnOptions:
         chosen: dict[str, object] = {}
         if sampling != Sampling.EVEN:
             chosen["calibration_sampling"] = sampling
+        if self.round_size is not None:
+            chosen["round_size"] = self.round_size
         if self.tasks:
             chosen["tasks"] = list(self.task_names)
         return {

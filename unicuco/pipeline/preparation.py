@@ -274,6 +274,7 @@ def _search_config(
         seed=options.seed,
         surrogate=SurrogateOptions() if levels is None else SurrogateOptions(directions=0),
         level_step=0 if levels is None else levels.plan.step,
+        round_size=options.round_size or 0,
         tasks=options.task_names,
         task_curves=tuple(
             curves({site.path: fisher[_of_task(k, site.path)] for site in profile.sites})

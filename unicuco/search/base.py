@@ -39,7 +39,8 @@ class SearchConfig:
     ``curves`` is the ``d x m`` table of axis curves; ``sparsity_range`` the targets that are
     learned; ``tasks`` the search texts, where there are several, and ``task_curves`` a table of
     curves for each; ``level_step`` the weights from one level of a site to the next, where sites
-    come from a level database (0: they don't).
+    come from a level database (0: they don't); ``round_size`` strategies are asked at a time, where
+    the preset takes that from here (0: as many as it would by itself).
     """
 
     preset: str
@@ -54,6 +55,7 @@ class SearchConfig:
     tasks: tuple[str, ...] = ()
     task_curves: tuple[Tensor, ...] = ()
     level_step: int = 0
+    round_size: int = 0
 
     def space(self) -> StrategySpace:
         """Build the strategy space."""

@@ -325,6 +325,7 @@ class _Loop:
         self._on_progress = on_progress
         self._waiting = deque(book.unfinished())
         self._asking: int | None = None
+        self._num_failed = _num_failed(book.outcomes.values())
 
     def run(self, round_size: int, max_pending: int) -> None:
         self._replay(round_size)
@@ -378,14 +379,18 @@ class _Loop:
     def _record(self, results: list[tuple[Ask, Outcome]]) -> None:
         if results:
             self._store.append(results)
-            self._book.outcomes |= {_identity(ask): outcome for ask, outcome in results}
+            self._book.outcomes.update((_identity(ask), outcome) for ask, outcome in results)
+            self._num_failed += _num_failed(outcome for _, outcome in results)
             self._report()
 
     def _report(self) -> None:
-        outcomes = self._book.outcomes.values()
-        failed = sum(isinstance(outcome, FailedEvaluation) for outcome in outcomes)
+        failed = self._num_failed
         total = max(self._book.num_evaluations, self._book.num_asked)
         detail = f"round {len(self._book.rounds)}" + (f", {failed} failed" if failed else "")
         self._on_progress(
-            Progress(stage="evaluate", done=len(outcomes), total=total, detail=detail)
+            Progress(stage="evaluate", done=len(self._book.outcomes), total=total, detail=detail)
         )
+
+
+def _num_failed(outcomes: Iterable[Outcome]) -> int:
+    return sum(isinstance(outcome, FailedEvaluation) for outcome in outcomes)

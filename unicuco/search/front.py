@@ -26,6 +26,7 @@ from unicuco.stratnet.train import size_answers, task_answers
 from unicuco.surrogate import GaussianProcess, Observations, Surrogate, TaskSurrogates
 from unicuco.types import Ask, Evaluation, Outcome, Strategy
 
+_ROUND: Final = 3
 _GOLDEN: Final = 0.6180339887498949  # multiples modulo 1 spread evenly, however many there are
 # (target as a share of the learned range, share of the way from uniform to Fisher) of the blind
 # rounds.
@@ -37,10 +38,9 @@ CAUTION: Final = 1.0  # standard deviations added to the mean while the network 
 class FrontSearch:
     """The default search (see the module's docstring)."""
 
-    round_size = 3
-
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
+        self.round_size = config.round_size or _ROUND
         self._space = config.space()
         self._history = History()
         # Only sparsity has derivatives (`LocalEvaluator`).

@@ -9,6 +9,10 @@ Which directions: the uniform one, and per evaluation those along which the deri
 the mean is largest in blocks of equal size, so that together they hold it all. Exact duplicates are
 merged; a fit that fails numerically falls back to the hyperparameters' priors before it gives up.
 
+Of very many evaluations only the newest are looked at, which lie where answers come from: fewer by
+the process than by the mean, and fewest by the fit of hyperparameters. So a fit takes seconds,
+however long a run gets.
+
 What it does not know: budgets and requests. Predictions here are of the search text; intervals for
 fresh text are calibrated elsewhere.
 
@@ -47,6 +51,8 @@ _TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fift
 _LEARNING_RATE: Final = 0.05
 _LARGEST_SCALE: Final = 30.0  # of the deviation: beyond, the fit is worth nothing anyway
 _MAX_ROWS: Final = 1600  # of the covariance matrix: its factor takes a tenth of a second
+_MAX_TUNING_ROWS: Final = 320  # of its hyperparameters' fit, which factors it forty times
+_MAX_MEAN: Final = 1024  # evaluations that the mean function is fitted to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +107,13 @@ class Observations:
             derivatives=derivatives[chosen],
         )
 
+    def newest(self, count: int) -> Observations:
+        """Return the last ``count`` of them, or all."""
+        last = slice(-count, None)
+        return Observations(
+            points=self.points[last], values=self.values[last], derivatives=self.derivatives[last]
+        )
+
     @property
     def measured(self) -> Tensor:
         """``n`` bool: which evaluations have derivatives."""
@@ -134,15 +147,17 @@ class GaussianProcess:
             raise SurrogateError(
                 "the surrogate needs at least two different evaluations that succeeded"
             )
-        use_derivatives = self.options.directions > 0 and bool(observations.measured.any())
-        self._fit_mean(observations, use_derivatives)
+        tuning = observations.newest(_MAX_TUNING_ROWS // (self.options.directions + 1))
+        use_derivatives = self.options.directions > 0 and bool(tuning.measured.any())
+        self._fit_mean(observations.newest(_MAX_MEAN), use_derivatives)
         few = self.options.directions if use_derivatives else 0
-        many = max(few, _MAX_ROWS // len(observations.points) - 1) if few else 0
+        known = observations.newest(_MAX_ROWS // (few + 1))
+        many = max(few, _MAX_ROWS // len(known.points) - 1) if few else 0
         for steps in (self.options.steps, 0):
             try:
-                tuned = _Process(self._rows(observations, few))
+                tuned = _Process(self._rows(tuning, few))
                 tuned.fit(steps)
-                self._model = _Process(self._rows(observations, many))
+                self._model = _Process(self._rows(known, many))
                 self._model.load_state_dict(tuned.state_dict(), strict=False)
                 self._model.fit(0)
                 self.posterior(observations.points[:1])

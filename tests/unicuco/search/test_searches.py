@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ from unicuco.types import Evaluation, FailedEvaluation
 
 class TestFront(SearchContract):
     preset = "default"
+
+
+class TestFrontInLargeRounds(SearchContract):
+    preset = "default"
+
+    def make(self, *, seed: int = 0) -> tuple[Search, ToyModel]:
+        config = replace(toy_config("default", seed=seed), round_size=16)
+        search = build_search(config)
+        assert search.round_size == 16
+        return search, ToyModel(config.space())
 
 
 class TestShapes(SearchContract):

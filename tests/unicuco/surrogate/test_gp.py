@@ -315,3 +315,24 @@ def test_nothing_is_asked_before_the_fit() -> None:
         surrogate.state()
     with pytest.raises(ValueError, match="curves"):
         GaussianProcess(SurrogateOptions(curves=True))
+
+
+@modes
+def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = error(fitted(build, 14))
+    fits: list[tuple[int, bool]] = []
+    fit = _Process.fit
+
+    def note(process: _Process, steps: int) -> None:
+        fits.append((len(process.train_targets), steps > 0))
+        fit(process, steps)
+
+    monkeypatch.setattr(_Process, "fit", note)
+    surrogate = fitted(build, 2000)
+    (tuned, is_tuned), (final, is_tuned_again) = fits
+    assert (is_tuned, is_tuned_again) == (True, False)
+    assert tuned <= 320
+    assert final <= 1600
+    assert error(surrogate) < few
