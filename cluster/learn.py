@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from unicuco.errors import RequestError, StorageError, UnicucoError
+from unicuco.errors import RequestError, StorageError
+from unicuco.failure import describe_failure
 
 if TYPE_CHECKING:
     from unicuco.pipeline import Backend, LearnOptions, Progress
@@ -148,20 +150,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a job; return its exit code: 0 done, 2 wrong use, 1 anything else, as `unicuco learn`."""
     parser = argparse.ArgumentParser(prog="python -m cluster.learn", description="Learn a run.")
     parser.add_argument("--config", type=Path, required=True, help="YAML, as `unicuco learn`.")
-    path = parser.parse_args(arguments).config
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _learn(LearnConfig.read(path))
-    except UnicucoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{place}", file=sys.stderr)
-        return 1
+        return _learn(LearnConfig.read(given.config))
     except KeyboardInterrupt:
         print("stopped: `resume: true` goes on from here", file=sys.stderr)
         return 1
+    except Exception as error:
+        if given.debug:
+            traceback.print_exc()
+        failure = describe_failure(error)
+        print(failure.line, file=sys.stderr)
+        return failure.exit_code
 
 
 def _learn(config: LearnConfig) -> int:

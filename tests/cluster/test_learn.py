@@ -173,6 +173,50 @@ def test_a_file_that_is_no_yaml_is_one_line(
     assert errors.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": "/proc/run"}, "/proc/run can't be made: No such file or directory"),
+        ({"calibration": "/proc/none"}, "/proc/none"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, object],
+    message: str,
+) -> None:
+    path = job(tmp_path, tiny_llama, tiny_text_file, **options)
+    assert main(["--config", str(path)]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+
+
+def test_an_error_that_nobody_expects_is_one_line_too_and_a_traceback_with_debug(
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def odd(config: LearnConfig) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(LearnConfig, "backend", odd)
+    path = job(tmp_path, tiny_llama, tiny_text_file)
+    line = "error: unexpected KeyError: 'odd' (--debug shows where)\n"
+    assert main(["--config", str(path)]) == 1
+    assert capsys.readouterr().err == line
+    assert main(["--config", str(path), "--debug"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert errors.endswith(line)
+
+
 def test_a_job_runs_on_the_cluster_it_was_submitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LearnConfig(model="m", out="o")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -29,8 +29,8 @@ from unicuco.cli import (
     serve,
     unpack,
 )
-from unicuco.cli.failure import describe_failure
 from unicuco.cli.terminal import Invocation
+from unicuco.failure import describe_failure
 
 app = typer.Typer(
     name="unicuco",

@@ -25,12 +25,12 @@ from rich.markup import escape
 
 from unicuco.cli.demo_requests import demo_requests
 from unicuco.cli.demo_tables import answers_table, quality_table
-from unicuco.cli.failure import describe_failure
 from unicuco.cli.plan_table import refusals
 from unicuco.cli.progress import ProgressDisplay
 from unicuco.cli.terminal import make_console, silence_libraries
 from unicuco.cli.waiting import waiting
 from unicuco.errors import VariantError
+from unicuco.failure import describe_failure
 from unicuco.types import Request, Target
 
 if TYPE_CHECKING:

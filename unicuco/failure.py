@@ -1,4 +1,4 @@
-"""What a failed command says: one line and an exit code for every exception.
+"""What a failed command or job says: one line and an exit code for every exception.
 
 What it does not know: where the line is printed, and whether a traceback goes with it.
 """

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from unicuco.cli.failure import describe_failure
 from unicuco.errors import InfeasibleRequestError, ModelError, RequestError, RunError
+from unicuco.failure import describe_failure
 
 
 @pytest.mark.parametrize(
