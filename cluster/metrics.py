@@ -7,6 +7,7 @@ at, and the service's own metrics (`serve.metrics`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -73,18 +74,17 @@ class RayMeter:
             "unicuco_best_hypervolume",
             "Area of (kept fraction, log KL) that is dominated, up to the dense size and 3 nats.",
         )
+        self._lock = threading.Lock()  # asks come from another thread than outcomes
         self._num_in_flight = 0
         self._points: list[tuple[float, float]] = []
 
     def submitted(self) -> None:
         """Note that an ask was given to the pool."""
-        self._num_in_flight += 1
-        self._in_flight.set(self._num_in_flight)
+        self._move(1)
 
     def finished(self, outcome: Outcome) -> None:
         """Note that the pool returned an outcome."""
-        self._num_in_flight -= 1
-        self._in_flight.set(self._num_in_flight)
+        self._move(-1)
         self._evaluations.inc()
         if outcome.wall_s > 0:
             self._seconds.inc(outcome.wall_s)
@@ -100,8 +100,12 @@ class RayMeter:
 
     def close(self) -> None:
         """Note that nothing is in flight any more."""
-        self._num_in_flight = 0
-        self._in_flight.set(0)
+        self._move(-self._num_in_flight)
+
+    def _move(self, change: int) -> None:
+        with self._lock:
+            self._num_in_flight += change
+            self._in_flight.set(self._num_in_flight)
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

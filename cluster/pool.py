@@ -3,12 +3,19 @@
 Asks wait in one queue for whichever replica has room: one for an actor, several for a pipeline of
 shards. A replica of which anything dies is started again as a whole, and its asks go first to the
 next that is free; until they are judged they run alone, for one of them may have been the reason.
-A strategy that takes three replicas down with it becomes a failed evaluation. What this module does
-not know: how actors are placed on a cluster.
+So is one that hangs; what is merely late is given to a second replica, and the first answer counts.
+A strategy that takes three replicas down with it becomes a failed evaluation.
+
+The number of replicas is a demand: those that there is room for work, the others join when nodes
+come, and where nodes can go too, those without work for as long as a start takes are given back.
+
+One thread of the pool's own does all this; callers leave asks and find outcomes in queues. What
+this module does not know: how actors are placed on a cluster.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -20,6 +27,7 @@ from typing import Any, Final
 
 from ray.exceptions import RayError, RayTaskError
 
+from cluster.lateness import Lateness
 from cluster.metrics import Meter, NoMeter
 from cluster.replicas import Ref, Replica
 from unicuco.errors import ClusterError, UnicucoError
@@ -28,18 +36,34 @@ from unicuco.types import Ask, FailedEvaluation, Outcome
 _MAX_DEATHS: Final = 3
 _QUEUED_PER_REPLICA: Final = 1
 _TOO_LARGE_AFTER_S: Final = 20.0
+_LOOK_EVERY_S: Final = 0.5
+_CLOSE_S: Final = 30.0
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
+    """A replica; ``asks`` are what it has, and since when."""
+
     replica: Replica
-    is_ready: bool = False
-    asks: list[Ask] = field(default_factory=list)
+    since: float  # when it was started, or last had something to do
+    start_s: float | None = None  # none: it is not ready
+    asks: dict[Ask, float] = field(default_factory=dict)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.start_s is not None
 
 
-# None: the pool was closed. The ask is none for a start, whose future is of nothing. Any: of an
-# evaluation the outcome.
-_Event = tuple[_Member, Ask | None, "Future[Any]"] | None
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A call of a replica's: a start where the ask is none. Any: of an evaluation the outcome."""
+
+    member: _Member
+    ask: Ask | None
+    future: Future[Any]
+
+
+_Event = Ask | _Ended | None  # something submitted; something done; the pool is closed
 
 
 class RayPool:
@@ -47,7 +71,9 @@ class RayPool:
 
     Args:
         start_replica: starts one and returns it at once.
-        num_replicas: how many to hold.
+        num_replicas: how many to hold at most.
+        gives_back: whether to end replicas that have long had nothing to do, all but one.
+        least_idle_s: how long at least; longer where a start takes longer.
         start_timeout_s: how long to wait while no replica at all is ready.
         too_large: says in a line why no node can ever hold a replica; none: one may.
         meter: told of every ask and outcome.
@@ -58,23 +84,38 @@ class RayPool:
         start_replica: Callable[[], Replica],
         num_replicas: int,
         *,
+        gives_back: bool = False,
+        least_idle_s: float = 10.0,
         start_timeout_s: float = 600.0,
         too_large: Callable[[], str | None] = lambda: None,
         meter: Meter | None = None,
     ) -> None:
         self._start_replica = start_replica
+        self._num_replicas = num_replicas
+        self._gives_back = gives_back
+        self._least_idle_s = least_idle_s
         self._start_timeout_s = start_timeout_s
         self._too_large = too_large
         self._meter = meter or NoMeter()
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # over all below: asks come from another thread than outcomes
+        self._outcomes: queue.SimpleQueue[tuple[Ask, Outcome] | Exception] = queue.SimpleQueue()
         self._is_closed = False
+        self._lateness = Lateness()
         self._waiting: deque[Ask] = deque()
-        self._deaths: Counter[str] = Counter()
+        self._late: list[Ask] = []  # wait for a second replica
+        self._open: set[Ask] = set()  # submitted and not answered
+        self._deaths: Counter[Ask] = Counter()
         self._failed_starts = 0
-        self._members = [self._started() for _ in range(num_replicas)]
+        self._has_served = False  # so a node can hold one, and what left may come back
+        self._members: list[_Member] = []
+        self._served_at = time.monotonic()
+        self._wanted_at = math.inf  # nothing is given back before there was anything to do
+        for _ in range(num_replicas):
+            self._add()
         room = sum(member.replica.capacity for member in self._members)
         self.max_pending = room + num_replicas * _QUEUED_PER_REPLICA
+        self._thread = threading.Thread(target=self._run, name="unicuco-replicas", daemon=True)
+        self._thread.start()
 
     @property
     def replicas(self) -> list[Replica]:
@@ -82,11 +123,9 @@ class RayPool:
         return [member.replica for member in self._members]
 
     def submit(self, ask: Ask) -> None:
-        """Give an ask to a free replica, or queue it."""
-        with self._lock:
-            self._meter.submitted()
-            self._waiting.append(ask)
-            self._dispatch()
+        """Give an ask to a free replica, or queue it; returns at once."""
+        self._meter.submitted()
+        self._events.put(ask)
 
     def next_outcome(self) -> tuple[Ask, Outcome]:
         """Wait for the next ask to finish, whichever it is.
@@ -95,98 +134,148 @@ class RayPool:
             ClusterError: no replica can be started, or the pool was closed.
             UnicucoError: what a replica raised while it built its evaluator.
         """
-        started = time.monotonic()
-        while True:
-            member, ask, future = self._next_event(started)
-            error = future.exception()
-            with self._lock:
-                result = None
-                if ask is None:
-                    self._settle_start(member, error)
-                elif error is None:
-                    member.asks.remove(ask)
-                    self._deaths.pop(ask.strategy.key, None)
-                    result = ask, future.result()
-                else:
-                    result = self._settle_failure(member, ask, error)
-                self._dispatch()
-                if result is not None:
-                    self._meter.finished(result[1])
-                    return result
+        result = self._outcomes.get()
+        if isinstance(result, Exception):
+            self._outcomes.put(result)  # for whoever asks again
+            raise result
+        self._meter.finished(result[1])
+        return result
 
     def close(self) -> None:
         """End every replica; a `next_outcome` that waits is told."""
-        with self._lock:
-            self._is_closed = True
-            for member in self._members:
-                member.replica.kill()
+        self._is_closed = True
         self._events.put(None)
+        self._thread.join(_CLOSE_S)  # a cluster that is gone may hold it up
 
-    def _next_event(self, started: float) -> tuple[_Member, Ask | None, Future[Any]]:
-        while True:
-            try:
-                event = self._events.get(timeout=self._patience(started))
-            except queue.Empty:
-                self._explain(started)
-                continue
-            if event is None:
-                self._events.put(None)
-                raise ClusterError("the pool of replicas was closed: begin again with --resume")
-            if event[0] in self._members:  # else it was given up before
-                return event
+    # --- the thread -----------------------------------------------------------------------------
 
-    def _patience(self, started: float) -> float | None:
-        """Return how long to wait for an event before asking why there is none; none: for ever."""
-        if any(member.is_ready for member in self._members):
-            return None
-        waited = time.monotonic() - started
-        first = min(_TOO_LARGE_AFTER_S, self._start_timeout_s)
-        return max(0.0, (first if waited < first else self._start_timeout_s) - waited)
+    def _run(self) -> None:
+        try:
+            look_at = time.monotonic() + _LOOK_EVERY_S
+            while not self._is_closed:
+                self._take_event(max(0.0, look_at - time.monotonic()))
+                if time.monotonic() >= look_at:
+                    self._look(time.monotonic())
+                    look_at = time.monotonic() + _LOOK_EVERY_S
+                self._dispatch()
+            reason: Exception = ClusterError(
+                "the pool of replicas was closed: begin again with --resume"
+            )
+        except Exception as error:  # raised again by next_outcome
+            reason = error
+        self._outcomes.put(reason)
+        for member in self._members:
+            member.replica.kill()
 
-    def _explain(self, started: float) -> None:
+    def _take_event(self, timeout_s: float) -> None:
+        try:
+            event = self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        if isinstance(event, Ask):
+            self._wanted_at = time.monotonic()
+            self._open.add(event)
+            self._waiting.append(event)
+        elif event is not None and event.member in self._members:  # else it was given up before
+            error = event.future.exception()
+            if event.ask is None:
+                self._settle_start(event.member, error)
+            elif error is None:
+                self._settle(event.member, event.ask, event.future.result())
+            else:
+                self._settle_failure(event.member, event.ask, error)
+
+    def _look(self, now: float) -> None:
+        """Do what has to be done because nothing happens."""
+        if any(member.is_ready for member in self._members) or not self._open:
+            self._served_at = now
+        else:
+            self._explain(now - self._served_at)
+        self._give_up_hung(now)
+        self._late = self._find_late(now)
+        if self._waiting:
+            self._wanted_at = now
+        elif self._gives_back:
+            self._give_back(now)
+
+    def _explain(self, waited_s: float) -> None:
         """Give up where no replica can start.
 
         Raises:
             ClusterError: there is no room, and none will come.
         """
-        reason = self._too_large()
-        if reason is not None:
-            raise ClusterError(reason)
-        if time.monotonic() - started >= self._start_timeout_s:
+        if not self._has_served and waited_s >= min(_TOO_LARGE_AFTER_S, self._start_timeout_s):
+            reason = self._too_large()
+            if reason is not None:
+                raise ClusterError(reason)
+        if waited_s >= self._start_timeout_s:
             raise ClusterError(
                 f"no replica could be started in {self._start_timeout_s:.0f} s: the cluster has"
                 " no free CPU for one; free some, add nodes, or ask for fewer --replicas"
             )
 
-    def _started(self) -> _Member:
-        member = _Member(self._start_replica())
+    # --- work -----------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        self._late = [ask for ask in self._late if ask in self._open and not self._gave(ask)]
+        while self._waiting and self._gave(self._waiting[0]):
+            self._waiting.popleft()
+        coming = sum(m.replica.capacity for m in self._members if not m.is_ready)
+        while len(self._waiting) > coming and len(self._members) < self._num_replicas:
+            coming += self._add().replica.capacity
+
+    def _gave(self, ask: Ask) -> bool:
+        """Give an ask to the emptiest replica; say whether any had room."""
+        free = [member for member in self._members if self._has_room(member, ask)]
+        if free:
+            member = min(free, key=lambda member: len(member.asks))
+            member.asks[ask] = time.monotonic()
+            self._watch(member, ask, member.replica.evaluate(ask))
+        return bool(free)
+
+    def _has_room(self, member: _Member, ask: Ask) -> bool:
+        """Say whether a replica can take an ask; what saw one die gets a replica to itself."""
+        is_free = member.is_ready and len(member.asks) < member.replica.capacity
+        suspects = any(self._deaths[own] for own in (ask, *member.asks))
+        return is_free and ask not in member.asks and not (suspects and member.asks)
+
+    def _settle(self, member: _Member, ask: Ask, outcome: Outcome) -> None:
+        now = time.monotonic()
+        self._lateness.finished(ask, now - member.asks.pop(ask))
+        member.since = now
+        self._answer(ask, outcome)
+
+    def _settle_failure(self, member: _Member, ask: Ask, error: BaseException) -> None:
+        if isinstance(error, RayTaskError) and not _is_death(error):
+            # It lives: e.g. an outcome that could not be sent.
+            self._settle(member, ask, FailedEvaluation.from_error(ask.strategy.key, error.cause))
+        else:
+            self._replace(member)
+
+    def _answer(self, ask: Ask, outcome: Outcome) -> None:
+        """Hand over what is known of an ask, unless another replica was faster."""
+        if ask in self._open:
+            self._open.remove(ask)
+            self._deaths.pop(ask, None)
+            self._outcomes.put((ask, outcome))
+
+    # --- replicas -------------------------------------------------------------------------------
+
+    def _add(self) -> _Member:
+        member = _Member(self._start_replica(), time.monotonic())
+        self._members.append(member)
         self._watch(member, None, member.replica.start())
         return member
 
     def _watch(self, member: _Member, ask: Ask | None, ref: Ref) -> None:
         # The callback runs in a thread of Ray's, where nothing of Ray may be called: only note it.
-        ref.future().add_done_callback(lambda future: self._events.put((member, ask, future)))
-
-    def _dispatch(self) -> None:
-        while self._waiting and not self._is_closed:
-            ask = self._waiting[0]
-            free = [member for member in self._members if self._has_room(member, ask)]
-            if not free:
-                return
-            member = min(free, key=lambda member: len(member.asks))
-            self._waiting.popleft()
-            member.asks.append(ask)
-            self._watch(member, ask, member.replica.evaluate(ask))
-
-    def _has_room(self, member: _Member, ask: Ask) -> bool:
-        """Say whether a replica can take an ask; what saw one die gets a replica to itself."""
-        is_free = member.is_ready and len(member.asks) < member.replica.capacity
-        suspects = any(self._deaths[own.strategy.key] for own in (ask, *member.asks))
-        return is_free and not (suspects and member.asks)
+        ref.future().add_done_callback(lambda future: self._events.put(_Ended(member, ask, future)))
 
     def _settle_start(self, member: _Member, error: BaseException | None) -> None:
         if error is None:
-            member.is_ready = True
+            now = time.monotonic()
+            member.start_s, member.since = now - member.since, now
+            self._has_served = True
             self._failed_starts = 0
             return
         cause = error.cause if isinstance(error, RayTaskError) else error
@@ -200,31 +289,56 @@ class RayPool:
             ) from error
         self._replace(member)
 
-    def _settle_failure(
-        self, member: _Member, ask: Ask, error: BaseException
-    ) -> tuple[Ask, Outcome] | None:
-        key = ask.strategy.key
-        if isinstance(error, RayTaskError) and not _is_death(error):
-            member.asks.remove(ask)  # it lives: e.g. an outcome that could not be sent
-            return ask, FailedEvaluation.from_error(key, error.cause)
-        self._replace(member)
-        for own in member.asks:
-            self._deaths[own.strategy.key] += 1
-        self._waiting.extendleft(
-            own for own in reversed(member.asks) if own is not ask or not self._is_deadly(ask)
-        )
-        if not self._is_deadly(ask):
-            return None
-        message = f"{_MAX_DEATHS} replicas died while evaluating it"
-        return ask, FailedEvaluation(strategy_key=key, kind="ReplicaDied", message=message)
-
-    def _is_deadly(self, ask: Ask) -> bool:
-        return self._deaths[ask.strategy.key] >= _MAX_DEATHS
-
     def _replace(self, member: _Member) -> None:
+        """Start a replica in place of one that died or hangs, and see to its asks."""
         member.replica.kill()  # where it is merely out of reach, or a part of it lives
-        if not self._is_closed:
-            self._members[self._members.index(member)] = self._started()
+        self._members.remove(member)
+        self._add()
+        again = [ask for ask in member.asks if ask in self._open]
+        for ask in again:
+            self._deaths[ask] += 1
+        deadly = [ask for ask in again if self._deaths[ask] >= _MAX_DEATHS]
+        for ask in deadly:
+            message = f"{_MAX_DEATHS} replicas died or hung while evaluating it"
+            key = ask.strategy.key
+            self._answer(
+                ask, FailedEvaluation(strategy_key=key, kind="ReplicaDied", message=message)
+            )
+        elsewhere = {ask for other in self._members for ask in other.asks}
+        self._waiting.extendleft(
+            ask for ask in reversed(again) if ask not in elsewhere and ask not in deadly
+        )
+
+    def _give_up_hung(self, now: float) -> None:
+        """Replace replicas that have had an ask for far too long, be it answered elsewhere."""
+        hung = [
+            member
+            for member in self._members
+            if any(self._lateness.is_hung(ask, now - since) for ask, since in member.asks.items())
+        ]
+        for member in hung:
+            self._replace(member)
+        if hung:
+            self._lateness.gave_up()
+
+    def _find_late(self, now: float) -> list[Ask]:
+        """Return what is out at one replica for too long."""
+        holders = Counter(ask for member in self._members for ask in member.asks)
+        return [
+            ask
+            for member in self._members
+            for ask, since in member.asks.items()
+            if holders[ask] == 1 and ask in self._open and self._lateness.is_late(ask, now - since)
+        ]
+
+    def _give_back(self, now: float) -> None:
+        """End replicas, all but one, that waited for work longer than a new one takes to start."""
+        for member in sorted(reversed(self._members), key=lambda member: member.is_ready):
+            idle_s = now - max(member.since, self._wanted_at)
+            is_idle = not member.asks and idle_s > max(self._least_idle_s, member.start_s or 0.0)
+            if is_idle and len(self._members) > 1:
+                member.replica.kill()
+                self._members.remove(member)
 
 
 def _is_death(error: BaseException) -> bool:

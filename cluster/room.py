@@ -16,13 +16,13 @@ _SLACK = 1e-6  # shares of CPUs are decimals
 def too_large(cpus: float, count: int = 1) -> str | None:
     """Say in a line why the nodes can never hold ``count`` actors of ``cpus`` each at once.
 
-    None: they can, or nodes that can may come.
+    None: they can, or nodes that can may come, be it that none but the head is there yet.
     """
-    sizes = [node.get("CPU", 0.0) for node in _nodes()]
+    sizes = [size for node in _nodes() if (size := node.get("CPU", 0.0))]
     room = sum(int(size / cpus + _SLACK) for size in sizes)
-    if room >= count or _has_autoscaler():
+    if not sizes or room >= count or _has_autoscaler():
         return None
-    largest = f"the largest has {max(sizes, default=0.0):g} CPUs"
+    largest = f"the largest has {max(sizes):g} CPUs"
     what = f"a replica of {cpus:g} threads fits on no node: {largest}"
     if count > 1:
         what = (

@@ -7,11 +7,13 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.driver import RayBackend
 from tests.cluster.synthetic import ARRAYS, Bowl, BowlConfig, DigestSearch, DyingSearch
 from tests.cluster.test_driver import local_asks
+from tests.serve.conftest import wait_until
 from unicuco.search.drive import Progress, drive
 from unicuco.store import EvaluationStore
 from unicuco.types import Evaluation, FailedEvaluation
@@ -57,6 +59,29 @@ def test_a_killed_replica_is_replaced_and_its_strategy_evaluated_again(
     assert kinds <= {"RuntimeError"}, "a strategy that was there by chance is not blamed"
 
 
+def test_a_replica_that_hangs_is_helped_out_and_replaced(store: EvaluationStore) -> None:
+    hung: list[int] = []
+
+    def stop_one(progress: Progress) -> None:
+        seen = {replica_of(outcome) for _, outcome in store.read()} - {None}
+        if not hung and progress.done >= 6 and seen:
+            (pid, *_) = sorted(filter(None, seen))
+            hung.append(pid)
+            os.kill(pid, signal.SIGSTOP)
+        elif progress.done == 28:  # more than was out when it was stopped: its strategy is judged
+            assert psutil.pid_exists(hung[0])
+            assert wait_until(lambda: not psutil.pid_exists(hung[0]), 120), "it is given up"
+
+    with RayBackend("local", 2, build_evaluator=Bowl, build_search=DigestSearch) as backend:
+        search, pool = backend.start(BowlConfig(seconds=0.1), ARRAYS, 4)
+        drive(search, pool, store, num_evaluations=32, on_progress=stop_one)
+        assert len(pool.replicas) == 2
+    recorded = list(store.read())
+    assert [ask for ask, _ in recorded] == local_asks(8, 4)
+    kinds = {outcome.kind for _, outcome in recorded if isinstance(outcome, FailedEvaluation)}
+    assert kinds <= {"RuntimeError"}
+
+
 def test_a_strategy_that_kills_its_replica_once_is_evaluated(
     store: EvaluationStore, tmp_path: Path
 ) -> None:
@@ -79,7 +104,9 @@ def test_a_strategy_that_kills_every_replica_is_a_recorded_failure(store: Evalua
     outcomes = {ask.strategy.key: outcome for ask, outcome in store.read()}
     assert len(outcomes) == 12
     assert outcomes.pop(victim) == FailedEvaluation(
-        strategy_key=victim, kind="ReplicaDied", message="3 replicas died while evaluating it"
+        strategy_key=victim,
+        kind="ReplicaDied",
+        message="3 replicas died or hung while evaluating it",
     )
     assert "ReplicaDied" not in {getattr(outcome, "kind", None) for outcome in outcomes.values()}
 

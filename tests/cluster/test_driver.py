@@ -157,7 +157,6 @@ def test_a_search_that_fails_is_one_line(store: EvaluationStore) -> None:
 def test_a_replica_larger_than_any_node_is_one_line() -> None:
     with RayBackend("auto", 1, 1000, build_evaluator=Bowl, build_search=DigestSearch) as crowded:
         _, pool = crowded.start(BowlConfig(), ARRAYS, 4)
-        assert pool._patience(time.monotonic()) <= 25, "and not only when all hope is gone"
         pool._start_timeout_s = 1.0
         pool.submit(make_ask(b"12345678"))
         with pytest.raises(ClusterError, match="of 1000 threads fits on no node: the largest has"):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import closing
 from typing import Any
 
+import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from cluster.pool import RayPool
 from tests.cluster.synthetic import make_ask
+from tests.serve.conftest import wait_until
+from unicuco.errors import ClusterError
 from unicuco.types import Ask, Evaluation, FailedEvaluation
 
 
@@ -31,6 +35,7 @@ class FakePipeline:
         self._deadly = deadly
         self._log = log
         self._mute = mute
+        self.stuck = False
         self.held: dict[str, Reference] = {}
 
     def start(self) -> Reference:
@@ -41,7 +46,8 @@ class FakePipeline:
     def evaluate(self, ask: Ask) -> Reference:
         self.held[ask.strategy.key] = reference = Reference()
         self._log.append(sorted(self.held))
-        if not self._mute or len(self.held) == self.capacity or len(self._log) > self.capacity:
+        is_full = len(self.held) == self.capacity or len(self._log) > self.capacity
+        if not self.stuck and (is_full or not self._mute):
             self.work()
         return reference
 
@@ -76,13 +82,15 @@ def test_what_was_in_flight_with_a_deadly_strategy_is_not_blamed() -> None:
     asks = [make_ask(bytes([k] * 8), position=k) for k in range(1, 6)]
     deadly = asks[1].strategy.key
     log: list[list[str]] = []
-    pool = RayPool(lambda: FakePipeline({deadly}, log, mute=True), 1)
-    for ask in asks:
-        pool.submit(ask)
-    outcomes = dict(pool.next_outcome() for _ in asks)
+    with closing(RayPool(lambda: FakePipeline({deadly}, log, mute=True), 1)) as pool:
+        for ask in asks:
+            pool.submit(ask)
+        outcomes = dict(pool.next_outcome() for _ in asks)
     assert list(outcomes) == [asks[0], asks[1], *asks[2:]]
     assert outcomes.pop(asks[1]) == FailedEvaluation(
-        strategy_key=deadly, kind="ReplicaDied", message="3 replicas died while evaluating it"
+        strategy_key=deadly,
+        kind="ReplicaDied",
+        message="3 replicas died or hung while evaluating it",
     )
     assert all(isinstance(outcome, Evaluation) for outcome in outcomes.values())
     first = sorted(ask.strategy.key for ask in asks[:3])
@@ -91,12 +99,62 @@ def test_what_was_in_flight_with_a_deadly_strategy_is_not_blamed() -> None:
 
 
 def test_asks_go_to_the_emptiest_replica_and_the_pool_says_how_many_it_takes() -> None:
+    pipelines: list[FakePipeline] = []
+
+    def start() -> FakePipeline:
+        pipelines.append(FakePipeline(set(), [], mute=True))
+        return pipelines[-1]
+
+    with closing(RayPool(start, 2)) as pool:
+        assert pool.max_pending == 8
+        for k in range(1, 5):
+            pool.submit(make_ask(bytes([k] * 8), position=k))
+        assert wait_until(lambda: sum(len(pipeline.held) for pipeline in pipelines) == 4, 60)
+        assert [len(pipeline.held) for pipeline in pipelines] == [2, 2]
+
+
+def test_the_first_of_two_answers_counts_and_the_second_is_dropped() -> None:
+    pipelines: list[FakePipeline] = []
+
+    def start() -> FakePipeline:
+        pipelines.append(FakePipeline(set(), [], mute=False))
+        return pipelines[-1]
+
+    asks = [make_ask(bytes([k] * 8), position=k) for k in range(1, 4)]
+    with closing(RayPool(start, 2)) as pool:
+        pool.submit(asks[0])
+        assert pool.next_outcome()[0] == asks[0]  # so it is known how long that takes
+        for pipeline in pipelines:
+            pipeline.stuck = True
+        pool.submit(asks[1])
+        assert wait_until(lambda: all(pipeline.held for pipeline in pipelines), 60), "both have it"
+        for pipeline in pipelines:
+            pipeline.stuck = False
+            pipeline.work()
+        assert pool.next_outcome()[0] == asks[1]
+        pool.submit(asks[2])
+        assert pool.next_outcome()[0] == asks[2]
+        pool.close()
+        with pytest.raises(ClusterError, match="was closed"):  # and nothing else is left
+            pool.next_outcome()
+
+
+def test_a_replica_without_work_is_given_back_and_comes_again_when_there_is_some() -> None:
     log: list[list[str]] = []
-    pool = RayPool(lambda: FakePipeline(set(), log, mute=True), 2)
-    assert pool.max_pending == 8
-    for k in range(1, 5):
-        pool.submit(make_ask(bytes([k] * 8), position=k))
-    for member in pool._members:
-        member.is_ready = True
-    pool._dispatch()
-    assert [len(member.asks) for member in pool._members] == [2, 2]
+    started: list[FakePipeline] = []
+
+    def start() -> FakePipeline:
+        started.append(FakePipeline(set(), log, mute=False))
+        return started[-1]
+
+    asks = [make_ask(bytes([k] * 8), position=k) for k in range(1, 31)]
+    with closing(RayPool(start, 3, gives_back=True, least_idle_s=0.5)) as pool:
+        pool.submit(asks.pop())
+        pool.next_outcome()
+        assert wait_until(lambda: len(pool.replicas) == 1, 60)
+        started[0].stuck = True
+        for ask in asks:
+            pool.submit(ask)
+        assert wait_until(lambda: len(started) == 5, 60), "three were there, two came again"
+        started[0].work()
+        assert {pool.next_outcome()[0] for _ in asks} == set(asks)
