@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_initialized
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -33,6 +34,7 @@ from cluster.actors import (
     build_local_evaluator,
     build_stage,
 )
+from cluster.head import HeadWatch
 from cluster.learner import RaySearch
 from cluster.level_crew import LevelCrew
 from cluster.local_ray import connect, local_ray
@@ -40,6 +42,7 @@ from cluster.metrics import RayMeter
 from cluster.pool import RayPool
 from cluster.replicas import ActorReplica, PipelineReplica, Replica
 from cluster.room import largest_memory_bytes, too_large
+from cluster.versions import SameVersions
 from unicuco.errors import RequestError
 
 if TYPE_CHECKING:
@@ -82,9 +85,9 @@ class RayBackend:
         self._replicas = replicas
         self._threads = threads
         self._shards = shards
-        self._build_stage = build_stage
-        self._build_evaluator = build_evaluator
-        self._build_search = build_search
+        self._build_stage = SameVersions(build_stage)
+        self._build_evaluator = SameVersions(build_evaluator)
+        self._build_search = SameVersions(build_search)
         self._stack = ExitStack()
 
     # Any: both configurations go to the builders unread.
@@ -122,7 +125,13 @@ class RayBackend:
             start_replica = self._actors(evaluator, arrays)
         self._meter = RayMeter()
         self._stack.callback(self._meter.close)
-        pool = RayPool(start_replica, self._replicas, too_large=self._too_large, meter=self._meter)
+        pool = RayPool(
+            start_replica,
+            self._replicas,
+            gives_back=self._address != "local",
+            too_large=self._too_large,
+            meter=self._meter,
+        )
         self._stack.callback(pool.close)
         return pool
 
@@ -224,6 +233,9 @@ class RayBackend:
         else:
             connect(address=self._address)
             self._stack.callback(ray.shutdown)
+            if _internal_kv_initialized():  # type: ignore[no-untyped-call]  # no remote client
+                watch = HeadWatch(ray.get_runtime_context().gcs_address)
+                self._stack.callback(watch.stop)
 
     def _cpu_share(self) -> float:
         """Return the CPUs that each replica, or each of its shards, asks of Ray.
