@@ -16,7 +16,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from tests.cluster.endpoint import read_metrics
 from tests.cluster.test_learn import evaluations
-from tests.serve.autoscaled import ROOT, Cluster, ray_head
+from tests.ray_heads import ROOT, Cluster, ray_head
 from tests.serve.conftest import free_port, wait_until
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from serve.config import ServeConfig
-from tests.serve.autoscaled import Cluster, autoscaled_cluster
+from tests.ray_heads import Cluster, autoscaled_cluster
 from tests.serve.conftest import Server, free_port, wait_until
 from tests.serve.cutters import NOTES
 from tests.serve.test_faults import FINAL, ask, check_done_once, job, pinging

@@ -12,7 +12,7 @@ import yaml
 
 from serve.config import ServeConfig
 from serve.proxy import ENVIRONMENT
-from tests.serve.autoscaled import ROOT, ray_head
+from tests.ray_heads import ROOT, ray_head
 from tests.serve.conftest import Server, free_port, wait_until
 from tests.serve.test_faults import FINAL, ask, check_done_once, job
 
