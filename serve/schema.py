@@ -15,6 +15,8 @@ _TARGET_SCHEMAS: Final[dict[str, dict[str, object]]] = {
     Target.SPARSITY: {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
     Target.MAX_PARAMS: {"type": "integer", "minimum": 1},
     Target.MAX_BYTES: {"type": "integer", "minimum": 1},
+    Target.MAX_TOTAL_BYTES: {"type": "integer", "minimum": 1},
+    Target.MAX_PACKED_BYTES: {"type": "integer", "minimum": 1},
     Target.MAX_KL: {"type": "number", "minimum": 0},
     Target.PREFERENCE: {"type": "number", "minimum": 0, "maximum": 1},
 }
@@ -25,6 +27,16 @@ _REQUEST_SCHEMA: Final[dict[str, object]] = {
     "properties": {
         **{target.value: _TARGET_SCHEMAS.get(target, {}) for target in Target},
         "served_as": {"type": "string", "enum": [*ServedAs]},
+        "context": {
+            "type": "integer",
+            "description": "With max_total_bytes: tokens of a sequence that are cached.",
+            "minimum": 1,
+        },
+        "batch": {
+            "type": "integer",
+            "description": "With max_total_bytes: sequences that are cached at a time.",
+            "minimum": 1,
+        },
         "task_weights": {
             "type": "object",
             "description": "Of a run that learned several texts: their weights, which sum to 1.",

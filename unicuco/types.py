@@ -25,6 +25,8 @@ class Target(StrEnum):
     SPARSITY = "sparsity"
     MAX_PARAMS = "max_params"
     MAX_BYTES = "max_bytes"
+    MAX_TOTAL_BYTES = "max_total_bytes"
+    MAX_PACKED_BYTES = "max_packed_bytes"
     MAX_KL = "max_kl"
     PREFERENCE = "preference"
 
@@ -37,20 +39,26 @@ class ServedAs(StrEnum):
     QUANTISED = "quantised"
 
 
-_LATER: Final = ("max_total_bytes", "max_latency_ms", "context", "batch")
-_QUALIFIERS: Final = ("served_as", "task_weights")
+_LATER: Final = ("max_latency_ms",)
+_QUALIFIERS: Final = ("served_as", "task_weights", "context", "batch")
 _WEIGHT_SLACK: Final = 1e-6  # of the sum of task weights: what decimals on paper add up to
-_WHOLE: Final = (Target.MAX_PARAMS, Target.MAX_BYTES)
+_WHOLE: Final = (
+    Target.MAX_PARAMS,
+    Target.MAX_BYTES,
+    Target.MAX_TOTAL_BYTES,
+    Target.MAX_PACKED_BYTES,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What a user asks: one target, its value, and how the variant may be served (none: any way).
 
-    Ranges: sparsity in [0, 1); max_params and max_bytes whole numbers > 0; max_kl in nats per
+    Ranges: sparsity in [0, 1); max_params and all bytes whole numbers > 0; max_kl in nats per
     token, >= 0; preference in [0, 1], 0 = quality only, 1 = size only. ``task_weights``, pairs of a
     task's name and its weight >= 0 with sum 1, say what KL means: the weighted one (none: all of
-    the run's tasks equally).
+    the run's tasks equally). ``context`` tokens (none: the model's) of ``batch`` sequences (none:
+    one) are those whose keys and values max_total_bytes counts.
 
     Raises:
         RequestError: the value lies outside its range.
@@ -60,8 +68,17 @@ class Request:
     value: float
     served_as: ServedAs | None = None
     task_weights: tuple[tuple[str, float], ...] | None = None
+    context: int | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
+        for qualifier, given in (("context", self.context), ("batch", self.batch)):
+            if given is None:
+                continue
+            if self.target is not Target.MAX_TOTAL_BYTES:
+                raise RequestError(f"{qualifier} goes with max_total_bytes, not with {self.target}")
+            if given < 1:
+                raise RequestError(f"{qualifier} must be a whole number above 0, got {given}")
         if self.task_weights is not None:
             _check_weights(dict(self.task_weights))
         v = self.value
@@ -110,6 +127,8 @@ class Request:
             value=_as_float(value),
             served_as=None if served_as is None else ServedAs(str(served_as)),
             task_weights=_read_weights(given.get("task_weights")),
+            context=_read_count("context", given.get("context")),
+            batch=_read_count("batch", given.get("batch")),
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -120,7 +139,20 @@ class Request:
             document["served_as"] = self.served_as.value
         if self.task_weights is not None:
             document["task_weights"] = dict(self.task_weights)
-        return document
+        counts = {"context": self.context, "batch": self.batch}
+        return document | {name: count for name, count in counts.items() if count is not None}
+
+
+def _read_count(name: str, given: object) -> int | None:
+    if given is None:
+        return None
+    if (
+        isinstance(given, bool)
+        or not isinstance(given, int | float)
+        or not _as_float(given).is_integer()
+    ):
+        raise RequestError(f"{name} must be a whole number above 0, got {given!r}")
+    return int(given)
 
 
 def _read_weights(given: object) -> tuple[tuple[str, float], ...] | None:
@@ -158,7 +190,7 @@ class Site:
 
     ``path`` is the module's dotted path in the loaded model. ``num_rows x num_columns`` is the
     matrix as output rows by input columns; ``transposed`` says that the module stores it the other
-    way round.
+    way round; a weight takes ``item_bytes`` in the model's files.
     """
 
     block: int
@@ -166,6 +198,7 @@ class Site:
     num_rows: int
     num_columns: int
     transposed: bool = False
+    item_bytes: int = 4
 
     @property
     def num_weights(self) -> int:
@@ -211,6 +244,8 @@ class ModelProfile:
     counts every unique parameter inside block b (sites, biases, norms); ``block_bytes[b]`` their
     bytes as stored; ``total_params`` and ``total_bytes`` count the whole model, tied tensors once.
     ``parts`` divide every block, in order; none where they can't be told apart without doubt.
+    ``kv_heads[b]`` are the heads whose keys and values block b caches, and the size of each; none
+    where the model has no such cache.
     """
 
     digest: str
@@ -224,6 +259,7 @@ class ModelProfile:
     vocabulary_size: int
     max_context: int
     parts: tuple[Part, ...] = ()
+    kv_heads: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if len({site.path for site in self.sites}) != len(self.sites):
@@ -352,7 +388,12 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The answer to one request: strategy, exact size, predicted quality."""
+    """The answer to one request: strategy, exact size, predicted quality.
+
+    Where bits were learned: ``packed_bytes`` is what a lossless form of the weights needs at most
+    (`unicuco.dimensions.byte_cost`), ``kv_bytes`` what keys and values take, as far as the request
+    says how many.
+    """
 
     request: Request
     strategy: Strategy
@@ -362,6 +403,8 @@ class Plan:
     num_bytes: int
     served_as: ServedAs
     kl: Prediction
+    packed_bytes: int | None = None
+    kv_bytes: int | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return the plan document of the command line and of HTTP."""
@@ -372,6 +415,15 @@ class Plan:
             "kept_params": self.kept_params,
             "total_params": self.total_params,
             "bytes": self.num_bytes,
+            **self._more_bytes(),
             "served_as": self.served_as.value,
             "predicted": {"kl": {"mean": self.kl.mean, "lo95": self.kl.lo95, "hi95": self.kl.hi95}},
         }
+
+    def _more_bytes(self) -> dict[str, object]:
+        more: dict[str, object] = {}
+        if self.packed_bytes is not None:
+            more["packed_bytes"] = self.packed_bytes
+        if self.kv_bytes is not None:
+            more |= {"kv_bytes": self.kv_bytes, "total_bytes": self.num_bytes + self.kv_bytes}
+        return more

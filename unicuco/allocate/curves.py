@@ -1,7 +1,7 @@
 """What each axis alone is expected to cost: one curve per axis over its unit coordinate, tabulated.
 
-For sparsity axes these are the Fisher curves; an axis without prior knowledge gets a parabola. The
-curves say nothing of what axes do together; that is what is learned.
+For sparsity axes these are the Fisher curves; an axis without prior knowledge gets a power of
+its setting. The curves say nothing of what axes do together; that is what is learned.
 
 Notation: d axes, m knots, u in [0, 1].
 """
@@ -46,7 +46,9 @@ class AxisCurves:
             sites = parts.get(axis.name, [])
             settings = axis.low + knots * (axis.high - axis.low)
             curves = [_at(rank_sums[site.path], settings) for site in sites]
-            rows.append(torch.stack(curves).sum(0) if curves else _DEFAULT_COST * knots.square())
+            rows.append(
+                torch.stack(curves).sum(0) if curves else _DEFAULT_COST * knots.pow(axis.power)
+            )
         return cls(torch.stack(rows))
 
     def values(self, unit: Tensor) -> Tensor:

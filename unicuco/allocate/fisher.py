@@ -37,10 +37,7 @@ class Fisher:
     def units(self, sparsities: Sequence[float]) -> Tensor:
         """Return the ``b x d`` relaxed unit points before the exact fill."""
         axis, weight, num_knots = self._pieces
-        wanted = (
-            torch.tensor(sparsities, dtype=torch.float64)[:, None]
-            * self._space.cost.num_site_weights
-        )
+        wanted = torch.tensor(sparsities, dtype=torch.float64)[:, None] * self._space.cost.site_size
         taken = ((wanted - (weight.cumsum(0) - weight)) / weight).clamp(0, 1)  # (b, pieces)
         units = torch.zeros(len(sparsities), self._space.num_axes, dtype=torch.float64)
         return units.index_add_(1, axis, taken / (num_knots - 1)).clamp(1e-4, 1 - 1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,31 +13,17 @@ from unicuco.cli.learn_options import LearnChoices, with_learn_options
 from unicuco.cli.plan_table import plan_table
 from unicuco.cli.progress import ProgressDisplay
 from unicuco.cli.prune import VariantOutOption
-from unicuco.cli.request_options import (
-    MaxBytesOption,
-    MaxKlOption,
-    MaxParamsOption,
-    PreferenceOption,
-    ServedAsOption,
-    SparsityOption,
-    TaskWeightsOption,
-    read_request,
-)
+from unicuco.cli.request_options import RequestChoices
+from unicuco.cli.shared_options import with_fields
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 
 
 @with_learn_options
+@with_fields("asked", RequestChoices, without=("context",))
 def compress(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="reference, a Hugging Face folder, or a hub id.")],
     out: VariantOutOption,
-    sparsity: SparsityOption = None,
-    max_params: MaxParamsOption = None,
-    max_bytes: MaxBytesOption = None,
-    max_kl: MaxKlOption = None,
-    preference: PreferenceOption = None,
-    served_as: ServedAsOption = None,
-    task_weights: TaskWeightsOption = None,
     run: Annotated[
         Path | None,
         typer.Option(
@@ -44,6 +31,7 @@ def compress(
         ),
     ] = None,
     *,
+    asked: RequestChoices,
     learning: LearnChoices,
     address: AddressOption = "local",
     replicas: ReplicasOption = 1,
@@ -53,17 +41,11 @@ def compress(
     """Learn a run if there is none, then cut, check and report the variant.
 
     The options of method and text say how a run is learned; one that is there must agree with them.
+    --context is also how many tokens of a sequence --max-total-bytes counts.
     """
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
-        request = read_request(
-            sparsity=sparsity,
-            max_params=max_params,
-            max_bytes=max_bytes,
-            max_kl=max_kl,
-            preference=preference,
-            served_as=served_as,
-            task_weights=task_weights,
-        )
+        counts_cache = asked.max_total_bytes is not None
+        request = replace(asked, context=learning.context if counts_cache else None).to_domain()
         check_address(address, replicas=replicas, shards=learning.shards)
         from unicuco.pipeline import compress as compress_model
 

@@ -6,21 +6,19 @@ Typer sees the options in its place.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+
+from unicuco.cli.shared_options import with_fields
 
 if TYPE_CHECKING:
     from unicuco.pipeline import LearnOptions
 
 _METHOD: Final = "Method"
 _TEXT: Final = "Text"
-_PARAMETER: Final = "learning"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +45,7 @@ class LearnChoices:
         str,
         typer.Option(
             "--dimensions",
-            help="sparsity, depth, width, with commas between; the last two shrink.",
+            help="sparsity, weight_bits and kv_bits, or sparsity, depth and width; commas between.",
             rich_help_panel=_METHOD,
         ),
     ] = "sparsity"
@@ -142,25 +140,4 @@ _NAMES: Final = tuple(field.name for field in fields(LearnChoices))
 _SAME: Final = tuple(name for name in _NAMES if name not in ("dimensions", "tasks"))
 
 
-# Any: commands have signatures of their own.
-def with_learn_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer see the options of learning where a command takes them as one ``learning``."""
-    own = inspect.signature(command, eval_str=True)
-    types = get_type_hints(LearnChoices, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    shared = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=types[field.name])
-        for field in fields(LearnChoices)
-    ]
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in own.parameters.items():
-        parameters += shared if name == _PARAMETER else [parameter.replace(kind=keyword)]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        learning = LearnChoices(**{name: given.pop(name) for name in _NAMES})
-        command(**given, **{_PARAMETER: learning})
-
-    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
+with_learn_options = with_fields("learning", LearnChoices)

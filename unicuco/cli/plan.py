@@ -8,17 +8,7 @@ from typing import Annotated
 import typer
 
 from unicuco.cli.plan_table import answer_document, plan_table, refusals
-from unicuco.cli.request_options import (
-    MaxBytesOption,
-    MaxKlOption,
-    MaxParamsOption,
-    PreferenceOption,
-    ServedAsOption,
-    SparsityOption,
-    TaskWeightsOption,
-    read_request,
-    read_requests_file,
-)
+from unicuco.cli.request_options import RequestChoices, read_requests_file, with_request_options
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 from unicuco.errors import RequestError, UnicucoError
 
@@ -29,16 +19,12 @@ BaseOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, made by learn.")]
 
 
+@with_request_options
 def plan(
     ctx: typer.Context,
     run: RunArgument,
-    sparsity: SparsityOption = None,
-    max_params: MaxParamsOption = None,
-    max_bytes: MaxBytesOption = None,
-    max_kl: MaxKlOption = None,
-    preference: PreferenceOption = None,
-    served_as: ServedAsOption = None,
-    task_weights: TaskWeightsOption = None,
+    *,
+    asked: RequestChoices,
     requests: Annotated[
         Path | None,
         typer.Option("--requests", help="One JSON request per line; - reads standard input."),
@@ -49,28 +35,21 @@ def plan(
 ) -> None:
     """Answer requests with strategies and predictions; touches no weights."""
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
-        options = {
-            "sparsity": sparsity,
-            "max_params": max_params,
-            "max_bytes": max_bytes,
-            "max_kl": max_kl,
-            "preference": preference,
-        }
         if requests is None:
-            asked = [read_request(**options, served_as=served_as, task_weights=task_weights)]
-        elif all(value is None for value in (served_as, task_weights, *options.values())):
-            asked = read_requests_file(requests)
+            given = [asked.to_domain()]
+        elif asked.is_empty:
+            given = read_requests_file(requests)
         else:
             raise RequestError("give either --requests or a request's own options, not both")
         from unicuco.pipeline import Run
 
-        answers = Run.open(run, base=base).plan(asked)
+        answers = Run.open(run, base=base).plan(given)
         if requests is not None:
             documents = [answer_document(answer) for answer in answers]
             notes = refusals(answers)
-            terminal.show({"answers": documents}, plan_table(asked, answers), *notes)
+            terminal.show({"answers": documents}, plan_table(given, answers), *notes)
             return
         (answer,) = answers
         if isinstance(answer, UnicucoError):
             raise answer
-        terminal.show(answer.to_dict(), plan_table(asked, answers))
+        terminal.show(answer.to_dict(), plan_table(given, answers))

@@ -7,84 +7,122 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from unicuco.cli.shared_options import with_fields
 from unicuco.errors import RequestError, TextError
 from unicuco.types import Request
 
 _PANEL = "Request (exactly one target)"
 
-SparsityOption = Annotated[
-    float | None,
-    typer.Option(
-        "--sparsity", help="Fraction of site weights dropped, in [0, 1).", rich_help_panel=_PANEL
-    ),
-]
-MaxParamsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--max-params", help="Parameters kept at most, whole model.", rich_help_panel=_PANEL
-    ),
-]
-MaxBytesOption = Annotated[
-    float | None,
-    typer.Option("--max-bytes", help="Tensor bytes at most, as stored.", rich_help_panel=_PANEL),
-]
-MaxKlOption = Annotated[
-    float | None,
-    typer.Option(
-        "--max-kl", help="KL(dense‖variant) at most, nats per token.", rich_help_panel=_PANEL
-    ),
-]
-PreferenceOption = Annotated[
-    float | None,
-    typer.Option("--preference", help="0 = quality only … 1 = size only.", rich_help_panel=_PANEL),
-]
-ServedAsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--served-as", help="mask, shrink or quantised; any if left out.", rich_help_panel=_PANEL
-    ),
-]
-TaskWeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--task-weights",
-        help="What KL means in a run of several tasks, e.g. code=0.7,prose=0.3.",
-        rich_help_panel=_PANEL,
-    ),
-]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestChoices:
+    """A request as options; not yet checked."""
+
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            "--sparsity",
+            help="Fraction of site weights dropped, in [0, 1).",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    max_params: Annotated[
+        float | None,
+        typer.Option(
+            "--max-params", help="Parameters kept at most, whole model.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    max_bytes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-bytes", help="Tensor bytes at most, as stored.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    max_total_bytes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-total-bytes",
+            help="Bytes of weights, and of keys and values of --context x --batch, at most.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    max_packed_bytes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-packed-bytes",
+            help="Bytes at most in a lossless form, where zeros take a bit.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl", help="KL(dense‖variant) at most, nats per token.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    preference: Annotated[
+        float | None,
+        typer.Option(
+            "--preference", help="0 = quality only … 1 = size only.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    served_as: Annotated[
+        str | None,
+        typer.Option(
+            "--served-as",
+            help="mask, shrink or quantised; any if left out.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    task_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--task-weights",
+            help="What KL means in a run of several tasks, e.g. code=0.7,prose=0.3.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            help="Tokens per sequence that --max-total-bytes counts; the model's if left out.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            help="Sequences that --max-total-bytes counts; one if left out.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no option was given."""
+        return all(getattr(self, field.name) is None for field in fields(self))
+
+    def to_domain(self) -> Request:
+        """Return the request that the options describe.
+
+        Raises:
+            RequestError: no or two targets, or a value outside its range.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.task_weights is not None:
+            given["task_weights"] = _read_task_weights(self.task_weights)
+        return Request.from_dict(given)
 
 
-def read_request(
-    *,
-    sparsity: float | None,
-    max_params: float | None,
-    max_bytes: float | None,
-    max_kl: float | None,
-    preference: float | None,
-    served_as: str | None,
-    task_weights: str | None = None,
-) -> Request:
-    """Make the request that the options describe.
-
-    Raises:
-        RequestError: no or two targets, or a value outside its range.
-    """
-    return Request.from_dict(
-        {
-            "sparsity": sparsity,
-            "max_params": max_params,
-            "max_bytes": max_bytes,
-            "max_kl": max_kl,
-            "preference": preference,
-            "served_as": served_as,
-            "task_weights": None if task_weights is None else _read_task_weights(task_weights),
-        }
-    )
+with_request_options = with_fields("asked", RequestChoices)
 
 
 def _read_task_weights(text: str) -> dict[str, float]:

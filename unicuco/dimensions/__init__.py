@@ -10,17 +10,22 @@ from collections.abc import Sequence
 from typing import Final
 
 from unicuco.dimensions.base import Dimension, Granularity, Kept, ProductCost, parts_of
+from unicuco.dimensions.byte_cost import ByteCost
 from unicuco.dimensions.depth import Depth
+from unicuco.dimensions.kv_bits import KvBits
 from unicuco.dimensions.sparsity import Sparsity
+from unicuco.dimensions.weight_bits import WeightBits
 from unicuco.dimensions.width import Width
 from unicuco.errors import RequestError
 from unicuco.space import StrategySpace
-from unicuco.types import ModelProfile
+from unicuco.types import ModelProfile, ServedAs
 
 DIMENSIONS: Final[dict[str, Dimension]] = {
     "sparsity": Sparsity(),
     "depth": Depth(),
     "width": Width(),
+    "weight_bits": WeightBits(),
+    "kv_bits": KvBits(),
 }
 
 
@@ -30,28 +35,47 @@ def build_space(
     granularity: Granularity = Granularity.LAYER,
     *,
     level_step: int = 0,
+    kv_tokens: int | None = None,
 ) -> StrategySpace:
     """Make the strategy space of some dimensions together.
 
     ``level_step`` is the number of weights between a site's levels, where there are levels (0:
     none). Axes of whole blocks know nothing of it, for a block's weights are split over its sites.
+    ``kv_tokens`` as `ByteCost` takes them.
 
     Raises:
-        RequestError: an unknown or repeated dimension, or none.
+        RequestError: an unknown or repeated dimension, none, or some that don't go together.
     """
-    cost = build_cost(profile, dimensions, granularity)
+    cost = build_cost(profile, dimensions, granularity, kv_tokens=kv_tokens)
     axes = [axis for part in cost.dimensions for axis in part.axes(profile, granularity)]
     stride = level_step if granularity is Granularity.LAYER else 0
     return StrategySpace(axes, cost, stride=stride)
 
 
 def build_cost(
-    profile: ModelProfile, dimensions: Sequence[str], granularity: Granularity
+    profile: ModelProfile,
+    dimensions: Sequence[str],
+    granularity: Granularity,
+    *,
+    kv_tokens: int | None = None,
 ) -> ProductCost:
     """Make the cost model of some dimensions together, which also applies them to a model.
 
     Raises:
-        RequestError: an unknown or repeated dimension, or none.
+        RequestError: an unknown or repeated dimension, none, or some that don't go together.
+    """
+    check_dimensions(dimensions)
+    parts = [DIMENSIONS[name] for name in DIMENSIONS if name in dimensions]
+    if any(part.served_as is ServedAs.QUANTISED for part in parts):
+        return ByteCost(profile, parts, granularity, kv_tokens)
+    return ProductCost(profile, parts, granularity)
+
+
+def check_dimensions(dimensions: Sequence[str]) -> None:
+    """Refuse dimensions that can't be learned together.
+
+    Raises:
+        RequestError: an unknown or repeated dimension, none, or some that don't go together.
     """
     unknown = [name for name in dimensions if name not in DIMENSIONS]
     if unknown or not dimensions or len(set(dimensions)) != len(dimensions):
@@ -59,17 +83,24 @@ def build_cost(
             f"dimensions must be different names out of {', '.join(DIMENSIONS)}; "
             f"got {', '.join(dimensions) or 'none'}"
         )
-    parts = [DIMENSIONS[name] for name in DIMENSIONS if name in dimensions]
-    return ProductCost(profile, parts, granularity)
+    kinds = {name: DIMENSIONS[name].served_as for name in dimensions}
+    if {ServedAs.SHRINK, ServedAs.QUANTISED} <= set(kinds.values()):
+        named = [name for name, kind in kinds.items() if kind is not ServedAs.MASK]
+        raise RequestError(
+            f"shapes and bits are not learned together in this version: {', '.join(named)}; "
+            "leave depth and width out, or the bits"
+        )
 
 
 __all__ = [
     "DIMENSIONS",
+    "ByteCost",
     "Dimension",
     "Granularity",
     "Kept",
     "ProductCost",
     "build_cost",
     "build_space",
+    "check_dimensions",
     "parts_of",
 ]

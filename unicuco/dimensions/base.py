@@ -40,12 +40,16 @@ class Kept:
     """Shares in [0, 1] that a dimension keeps; none: all.
 
     ``weights``: ``b x i`` of every site's weights, shapes as they are. ``width``: ``b x p`` of the
-    units of every part. ``alive``: ``b x p`` of every part as a whole.
+    units of every part. ``alive``: ``b x p`` of every part as a whole. ``weight_bits``: ``b x i``
+    of the way from 16 to 4 bits that every site has gone, and ``kv_bits``: ``b x l`` what every
+    block caches: shares that are taken, not kept.
     """
 
     weights: Tensor | None = None
     width: Tensor | None = None
     alive: Tensor | None = None
+    weight_bits: Tensor | None = None
+    kv_bits: Tensor | None = None
 
 
 class Dimension(Protocol):
@@ -124,6 +128,8 @@ def parts_of(profile: ModelProfile) -> tuple[Part, ...]:
 class ProductCost:
     """The cost model of several dimensions (`CostModel` of `unicuco.space`)."""
 
+    counts_bytes = False
+
     def __init__(
         self, profile: ModelProfile, dimensions: Sequence[Dimension], granularity: Granularity
     ) -> None:
@@ -133,6 +139,8 @@ class ProductCost:
         self.granularity = granularity
         self.total_params = profile.total_params
         self.num_site_weights = profile.num_site_weights
+        self.total_size = profile.total_params
+        self.site_size = profile.num_site_weights
         counts = [len(dimension.axes(profile, granularity)) for dimension in dimensions]
         self._ends = [sum(counts[: k + 1]) for k in range(len(counts))]
         self._starts = [end - count for end, count in zip(self._ends, counts, strict=True)]
@@ -157,13 +165,32 @@ class ProductCost:
         shrinks = any(part.served_as is ServedAs.SHRINK for part in self.dimensions)
         return ServedAs.SHRINK if shrinks else ServedAs.MASK
 
-    def kept(self, settings: Tensor) -> Tensor:
-        """Return the relaxed kept parameters, ``b`` float64, of ``b x d`` settings."""
-        settings = settings.double()
-        shares = [
+    @property
+    def slack(self) -> float:
+        """Weights by which the relaxed size of a strategy may be less than the exact one."""
+        narrows = any(part.name == "width" for part in self.dimensions)
+        counted = [a for d in self.dimensions for a in d.axes(self.profile, self.granularity)]
+        return float(sum(not axis.is_shape for axis in counted)) if narrows else 0.0
+
+    def size(self, settings: Tensor) -> Tensor:
+        """Return the relaxed size, ``b`` float64, of ``b x d`` settings: the kept parameters."""
+        return self.kept(settings)
+
+    def size_of(self, values: Sequence[float]) -> int:
+        """Return the exact size: the kept parameters."""
+        return self.kept_params(values)
+
+    def shares(self, settings: Tensor) -> list[Kept]:
+        """Return what every dimension keeps, of ``b x d`` settings."""
+        return [
             part.kept(self.profile, settings[:, start:end], self.granularity)
             for part, start, end in zip(self.dimensions, self._starts, self._ends, strict=True)
         ]
+
+    def kept(self, settings: Tensor) -> Tensor:
+        """Return the relaxed kept parameters, ``b`` float64, of ``b x d`` settings."""
+        settings = settings.double()
+        shares = self.shares(settings)
         width, alive = _product([s.width for s in shares]), _product([s.alive for s in shares])
         weights = self._weights.expand(len(settings), -1)
         for share in shares:
@@ -204,6 +231,11 @@ class ProductCost:
                 self.profile.sites, shape.sizes, shape.zeroed, strict=True
             )
         }
+
+    def site_losses(self, values: Sequence[float]) -> list[float]:
+        """Return the share of its weights that every site loses."""
+        drops = self.site_drops(values)
+        return [drops[site.path] / site.num_weights for site in self.profile.sites]
 
     def kept_params(self, values: Sequence[float]) -> int:
         """Return the exact kept parameters of the whole model."""

@@ -53,7 +53,7 @@ def expectation_of(folder: Path, prompt: Sequence[int]) -> Expectation:
     Raises:
         ModelError: no usable model is there.
     """
-    model = load_model(folder).model
+    model = load_model(folder, fewer_bits=True).model
     ids = list(prompt)
     gaps: list[float] = []
     while len(gaps) < CANARY_TOKENS:

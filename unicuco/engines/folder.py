@@ -37,7 +37,8 @@ class FolderFacts:
     """What two folders must share to be switched in place, and the context.
 
     ``context`` in tokens, none where config.json states none; ``tensors`` are (name, dtype, shape),
-    sorted by name.
+    sorted by name. ``formats`` are those of its weights of fewer bits, and ``kv_cache_dtype`` the
+    engine's flag for keys and values that the variant asks for.
     """
 
     path: Path
@@ -45,6 +46,14 @@ class FolderFacts:
     config: str
     tokenizer: str
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    formats: tuple[str, ...] = ()
+    kv_cache_dtype: str = "auto"
+
+    def engine_flags(self, dtype: str | None) -> dict[str, str | None]:
+        """Return what an engine is told of number types, given what its user chose."""
+        # vLLM's 4-bit product on a CPU knows bfloat16, and no float32.
+        needed = "bfloat16" if "pack-quantized" in self.formats else None
+        return {"dtype": dtype or needed, "kv_cache_dtype": self.kv_cache_dtype}
 
     def replaced_by(self, other: FolderFacts) -> FolderFacts:
         """Return ``other`` if an engine that serves this folder can switch to it in place.
@@ -61,6 +70,10 @@ class FolderFacts:
 
     def difference(self, other: FolderFacts) -> str | None:
         """Return in words why ``other`` can't be switched to in place, or none."""
+        if self.formats or other.formats:
+            return "weights of fewer bits are arranged anew when an engine loads them"
+        if self.kv_cache_dtype != other.kv_cache_dtype:
+            return "keys and values are cached as another type"
         if self.tensors != other.tensors:
             mine, theirs = set(self.tensors), set(other.tensors)
             name = min(tensor[0] for tensor in mine ^ theirs)
@@ -80,8 +93,9 @@ def read_facts(folder: Path) -> FolderFacts:
         VariantError: it is a variant with a missing or altered file.
     """
     config = _read_config(folder)
+    flag = "auto"
     if (folder / DOCUMENT_NAME).is_file():
-        read_variant(folder)
+        flag = read_variant(folder).kv_cache_dtype
     files = _weight_files(folder)
     if not files:
         raise EngineError(
@@ -99,6 +113,8 @@ def read_facts(folder: Path) -> FolderFacts:
         config=json.dumps(kept, sort_keys=True),
         tokenizer=_tokenizer_digest(folder),
         tensors=tuple(tensors),
+        formats=_formats(config),
+        kv_cache_dtype=flag,
     )
 
 
@@ -136,6 +152,15 @@ def _context(config: Mapping[str, object]) -> int | None:
             if isinstance(value, int) and value > 0:
                 return value
     return None
+
+
+def _formats(config: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the forms of compressed-tensors' groups; none where weights are floats."""
+    codes = config.get("quantization_config")
+    groups = codes.get("config_groups") if isinstance(codes, dict) else None
+    if not isinstance(groups, dict):
+        return ()
+    return tuple(sorted({str(g.get("format")) for g in groups.values() if isinstance(g, dict)}))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -173,8 +173,9 @@ class StreamingVllmEngine:
             [sys.executable, "-P", "-m", "unicuco.engines.streaming_worker"],
             {**os.environ, **self.options.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         )
-        names = ("context", "dtype", "eager", "num_gpus", "memory_fraction")
+        names = ("context", "eager", "num_gpus", "memory_fraction")
         fields = {name: getattr(self.options, name) for name in names}
+        fields |= target.facts.engine_flags(self.options.dtype)
         question = {"op": "load", "folder": str(target.facts.path), **fields}
         try:
             answer = await self._ask(question, self._start_timeout_s)

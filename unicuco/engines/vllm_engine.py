@@ -31,7 +31,8 @@ class VllmOptions:
     """How vLLM runs. The defaults serve one small model on whatever this machine has.
 
     ``context``: tokens per prompt and answer together, none = the model's or what memory holds;
-    more than the model's is refused. ``dtype``: none = float32 on a CPU, else the checkpoint's.
+    more than the model's is refused. ``dtype``: none = float32 on a CPU (bfloat16 for 4-bit
+    weights), else the checkpoint's.
     ``kv_cache_gib``: whole GiB for keys and values, CPU only. ``memory_fraction``: of the device's
     memory, GPU only. ``threads``: OpenMP threads, 0 = one per core that this process may use.
     ``cores``: the cores to bind them to; give two engines different ones.
@@ -128,8 +129,9 @@ class VllmEngine:
             "folder": str(folder.resolve()),
             **{
                 name: getattr(self.options, name)
-                for name in ("context", "dtype", "eager", "num_gpus", "memory_fraction")
+                for name in ("context", "eager", "num_gpus", "memory_fraction")
             },
+            **facts.engine_flags(self.options.dtype),
         }
         try:
             self._ask(question, timeout_s=_START_S)

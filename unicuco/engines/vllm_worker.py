@@ -54,6 +54,7 @@ class VllmWorker:
             # bfloat16 kernels on a CPU are slower and their greedy tokens differ from Hugging
             # Face's float32.
             dtype=question["dtype"] or ("float32" if on_cpu else "auto"),
+            kv_cache_dtype=question["kv_cache_dtype"],
             enforce_eager=bool(question["eager"]),
             tensor_parallel_size=int(question["num_gpus"]),
             gpu_memory_utilization=float(question["memory_fraction"]),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from unicuco.dimensions import build_cost
+from unicuco.dimensions import ByteCost, build_cost
 from unicuco.errors import RequestError
 from unicuco.evaluate.arrays import Arrays, reference_of, state_of, unpack, working_copy
 from unicuco.evaluate.measure import (
@@ -31,6 +31,7 @@ from unicuco.evaluate.measure import (
 from unicuco.evaluate.sites import SiteWeights
 from unicuco.importance.units import UnitStore
 from unicuco.models import site_module
+from unicuco.models.kv_cache import RoundedCache
 from unicuco.objectives import DenseReference
 from unicuco.rows import RowRule
 from unicuco.types import Evaluation, Site, Strategy
@@ -77,6 +78,8 @@ class LocalEvaluator:
         self._part_of = {path: p for p, part in enumerate(self._cost.parts) for path in part.sites}
         self._dropped: dict[str, int] = dict.fromkeys((site.path for site in sites), 0)
         self._units_lost: dict[str, int] = dict.fromkeys((site.path for site in sites), 0)
+        self._bits: dict[str, int] = dict.fromkeys((site.path for site in sites), 16)
+        self._kv_bits: tuple[int, ...] = ()
         self._rows: dict[str, Tensor | None] = {}
 
     @classmethod
@@ -142,7 +145,7 @@ class LocalEvaluator:
         means = []
         with torch.no_grad():
             for k, window in enumerate(self._ids.split(1)):
-                logits = self._model(input_ids=window, use_cache=False).logits.flatten(0, 1)
+                logits = self._logits(window)
                 means.append(
                     self._reference.slice(k * width, (k + 1) * width).kl(logits).double().mean()
                 )
@@ -154,7 +157,7 @@ class LocalEvaluator:
         self._load(strategy, rows)
         kl, loss, position = 0.0, 0.0, 0
         for window in self._ids.split(1):
-            logits = self._model(input_ids=window, use_cache=False).logits[0].float()  # (t, v)
+            logits = self._logits(window).float()
             reference = self._reference.slice(position, position + len(logits))
             kl += float(reference.kl(logits).double().sum())
             loss += float(cross_entropy(logits[:-1], window[0, 1:], reduction="sum"))
@@ -172,14 +175,18 @@ class LocalEvaluator:
             raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
         shape = self._cost.shape(strategy.values)
         units = dict(shape.units)
+        sites = self.config.profile.sites
+        bits = (16,) * len(sites)
+        if isinstance(self._cost, ByteCost):
+            bits = self._cost.weight_bits(strategy.values)
+            self._kv_bits = self._cost.kv_bits(strategy.values)
         with torch.no_grad():
-            for site, size, zeroed in zip(
-                self.config.profile.sites, shape.sizes, shape.zeroed, strict=True
-            ):
+            for site, size, zeroed, own in zip(sites, shape.sizes, shape.zeroed, bits, strict=True):
                 path, drop = site.path, site.num_weights - size + zeroed
                 offsets = None if rows is None else rows.of(path)
                 lost = units.get(self._part_of[path], 0)
-                same = (drop, lost) == (self._dropped[path], self._units_lost[path])
+                was = (self._dropped[path], self._units_lost[path], self._bits[path])
+                same = (drop, lost, own) == was
                 if not (same and offsets is None and self._rows.get(path) is None):
                     # Until it is cut, nobody may take it for what it was: a cut may fail.
                     self._dropped[path] = _UNKNOWN
@@ -187,10 +194,22 @@ class LocalEvaluator:
                         self._narrow(site, lost, zeroed)
                     else:
                         self._cut(site, drop, offsets)
+                    self._sites.quantise(site, own, _weight(self._model, site).data)
                 self._rows[path] = offsets
                 self._dropped[path] = drop
                 self._units_lost[path] = lost
+                self._bits[path] = own
         self._cost.apply(self._model, strategy.values)
+
+    def _logits(self, windows: Tensor) -> Tensor:
+        """Return the ``t x v`` logits of ``n x context`` windows at the present strategy."""
+        if all(bits == 16 for bits in self._kv_bits):
+            out = self._model(input_ids=windows, use_cache=False)
+        else:
+            cache = RoundedCache(self._kv_bits)
+            out = self._model(input_ids=windows, past_key_values=cache, use_cache=True)
+        logits: Tensor = out.logits.flatten(0, 1)
+        return logits
 
     def _narrow(self, site: Site, units_lost: int, num_zeroed: int) -> None:
         part = self._cost.parts[self._part_of[site.path]]
@@ -213,9 +232,7 @@ class LocalEvaluator:
         position = first_window * self._ids.shape[1]
         for windows in ids.split(_WINDOWS_PER_PASS):
             with torch.set_grad_enabled(derivatives):
-                logits = self._model(input_ids=windows, use_cache=False).logits.flatten(
-                    0, 1
-                )  # (t, v)
+                logits = self._logits(windows)
                 kl = self._reference.slice(position, position + len(logits)).kl(logits).sum()
                 if derivatives:
                     (kl / ids.numel()).backward()

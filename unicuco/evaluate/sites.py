@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unicuco.bits import round_matrix, scale_dtype
 from unicuco.evaluate.rank_window import site_derivative
 from unicuco.importance.units import UnitStore
 from unicuco.levels import LevelDatabase
@@ -91,6 +92,20 @@ class SiteWeights:
             out[:, columns] = matrix
         else:
             out[rows] = matrix
+
+    @torch.no_grad()
+    def quantise(self, site: Site, bits: int, target: Tensor) -> None:
+        """Round what ``target`` holds to so many bits; zeros stay, and 16 bits change nothing.
+
+        Args:
+            site: which.
+            bits: 16, 8 or 4.
+            target: the live module's matrix, as it is stored.
+        """
+        if bits == 16:
+            return
+        matrix = oriented(target, site)
+        matrix.copy_(round_matrix(matrix, bits, scale_dtype(site)).dequantise())
 
     def slope(self, site: Site, gradient: Tensor | None, num_dropped: int) -> float:
         """Return dKL/ds of a site whose first ``num_dropped`` weights are gone.

@@ -2,15 +2,16 @@
 
 It is the plan document plus ``format``, ``base_model``, ``run``, ``seed``, ``versions``,
 ``dropped_weights`` (site path -> weights set to zero or not stored any more), ``site_weights`` (of
-all sites of the base model; of smaller shapes alone) and ``files`` (name -> sha256). What this
-module does not know: how a variant is cut.
+all sites of the base model; of smaller shapes alone), ``precision`` (of fewer bits alone: those of
+every site, what runs them, and what the engine receives for keys and values) and ``files`` (name ->
+sha256). What this module does not know: how a variant is cut.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +40,7 @@ class VariantDocument:
     ``base_digest`` is `model_digest` of the model it was cut from, ``base_path`` where that lay
     then (a hint); ``run`` the digest of the run; ``dropped_weights`` (site path, weights set to
     zero or gone) pairs; ``site_weights`` those of all sites of the base (0: as many as are here);
-    ``files`` (name, sha256) pairs.
+    ``files`` (name, sha256) pairs; ``precision`` is JSON, empty but for fewer bits.
     """
 
     plan: Plan
@@ -51,6 +52,14 @@ class VariantDocument:
     dropped_weights: tuple[tuple[str, int], ...]
     files: tuple[tuple[str, str], ...]
     site_weights: int = 0
+    precision: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """The engine's flag for keys and values: auto unless KV bits were decided."""
+        cache = self.precision.get("kv_cache")
+        flags = cache.get("engine_flag") if isinstance(cache, Mapping) else None
+        return str(flags["kv_cache_dtype"]) if isinstance(flags, Mapping) else "auto"
 
     def to_json(self) -> str:
         """Return the file's text; `parse` gives an equal document back."""
@@ -63,6 +72,7 @@ class VariantDocument:
             "versions": dict(self.versions),
             "dropped_weights": dict(self.dropped_weights),
             **({"site_weights": self.site_weights} if self.site_weights else {}),
+            **({"precision": dict(self.precision)} if self.precision else {}),
             "files": dict(self.files),
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -88,6 +98,7 @@ class VariantDocument:
                 dropped_weights=tuple((k, int(v)) for k, v in d["dropped_weights"].items()),
                 files=tuple((name, _text(digest)) for name, digest in d["files"].items()),
                 site_weights=int(d.get("site_weights", 0)),
+                precision=dict(d.get("precision", {})),
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from None
@@ -151,5 +162,7 @@ def _parse_plan(d: Mapping[str, Any]) -> Plan:
         total_params=int(d["total_params"]),
         num_bytes=int(d["bytes"]),
         served_as=ServedAs(d["served_as"]),
+        packed_bytes=None if "packed_bytes" not in d else int(d["packed_bytes"]),
+        kv_bytes=None if "kv_bytes" not in d else int(d["kv_bytes"]),
         kl=Prediction(mean=float(kl["mean"]), lo95=float(kl["lo95"]), hi95=float(kl["hi95"])),
     )

@@ -97,6 +97,13 @@ def without_sparsity_config(data: bytes) -> bytes:
     return json.dumps(config, indent=2).encode() + b"\n"
 
 
+def write_json(path: Path, document: object) -> dict[str, str]:
+    """Write a document and return its file's name -> sha256."""
+    with HashedFile(path) as file:
+        file.write(json.dumps(document, indent=2).encode() + b"\n")
+    return {path.name: file.sha256()}
+
+
 def versions_of(provenance: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     """Return the versions that a provenance names, or those of this process."""
     given = provenance.get("versions")

@@ -9,14 +9,11 @@ strategy was found.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -26,11 +23,12 @@ from unicuco.export.files import (
     SINGLE,
     read_checked_header,
     without_sparsity_config,
+    write_json,
 )
 from unicuco.export.header import TensorEntry
 from unicuco.export.names import match_sites
 from unicuco.export.shapes import with_blocks, with_shapes
-from unicuco.export.staging import HashedFile
+from unicuco.export.tensors import StoredTensor, write_tensors
 from unicuco.importance.units import UnitStore
 from unicuco.models import weight_files
 from unicuco.models.block_shapes import BlockShape
@@ -38,8 +36,6 @@ from unicuco.models.folder import read_config
 from unicuco.ranks import RankStore, cut, narrowed_rank
 from unicuco.space import Shape, StrategySpace
 from unicuco.types import ModelProfile, Part, Site, Strategy
-
-_ALIGNMENT: Final = 8  # the format's headers end at multiples of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +144,10 @@ def write_shrunk(
             files[name] = _write_file(stage / name, header.path, kept, cutter)
             places |= dict.fromkeys((new for _, new in kept), name)
     config = without_sparsity_config(json.dumps(plan.config).encode())
-    files |= _write_json(stage / "config.json", json.loads(config))
+    files |= write_json(stage / "config.json", json.loads(config))
     if SINGLE not in files:
         index = {"metadata": {"total_size": cutter.num_bytes}, "weight_map": places}
-        files |= _write_json(stage / INDEX, index)
+        files |= write_json(stage / INDEX, index)
     return files
 
 
@@ -258,28 +254,16 @@ def _write_file(
     target: Path, source: Path, kept: Iterable[tuple[TensorEntry, str]], cutter: _Cutter
 ) -> str:
     """Write one safetensors file, one tensor at a time, and return its sha256."""
-    kept = list(kept)
     with safe_open(source, framework="pt") as file:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for entry, new in kept:  # shapes first: the header stands before the data
-            shape = cutter.new_shape(entry.name, entry.shape)
-            item = (entry.end - entry.begin) // max(1, math.prod(entry.shape))
-            offsets = [position, position + math.prod(shape) * item]
-            header[new] = {"dtype": entry.dtype, "shape": shape, "data_offsets": offsets}
-            position = offsets[1]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        with HashedFile(target) as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for entry, _ in kept:
-                tensor = cutter.tensor(entry.name, file.get_tensor(entry.name)).contiguous()
-                out.write(tensor.flatten().view(torch.uint8).numpy().data)
-    cutter.num_bytes += position
-    return out.sha256()
-
-
-def _write_json(path: Path, document: object) -> dict[str, str]:
-    with HashedFile(path) as file:
-        file.write(json.dumps(document, indent=2).encode() + b"\n")
-    return {path.name: file.sha256()}
+        tensors = [
+            StoredTensor(
+                new,
+                entry.dtype,
+                tuple(cutter.new_shape(entry.name, entry.shape)),
+                lambda name=entry.name: cutter.tensor(name, file.get_tensor(name)),  # type: ignore[misc]
+            )
+            for entry, new in kept
+        ]
+        digest, num_bytes = write_tensors(target, tensors)
+    cutter.num_bytes += num_bytes
+    return digest

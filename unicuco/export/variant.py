@@ -7,7 +7,7 @@ tensors can't be matched to the sites without doubt, the model is loaded in the 
 and saved instead. What this module does not know: how a strategy was found.
 
 Sites of a level database are taken from there instead, in the files' own type. Variants of smaller
-shapes are written by `unicuco.export.shrunk`.
+shapes are written by `unicuco.export.shrunk`, those of fewer bits by `unicuco.export.quantised`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
+from unicuco.dimensions import ByteCost
 from unicuco.errors import ModelError, VariantError
 from unicuco.export.document import DOCUMENT_NAME, CheckpointRef, VariantDocument
 from unicuco.export.files import (
@@ -35,6 +36,8 @@ from unicuco.export.files import (
 )
 from unicuco.export.header import FileHeader, TensorEntry
 from unicuco.export.names import match_sites
+from unicuco.export.precision import describe
+from unicuco.export.quantised import write_quantised
 from unicuco.export.shrunk import ShrinkPlan, write_shrunk
 from unicuco.export.staging import HashedFile, staged_folder
 from unicuco.files import file_digest
@@ -100,7 +103,7 @@ def write_variant(
         profile: of the base.
         ranks: of every site.
         space: that the strategy belongs to.
-        plan: what to cut; it must be served as a mask, or as smaller shapes.
+        plan: what to cut, served as the space's dimensions are.
         provenance: ``run`` (digest) and ``seed``; ``versions`` (name -> version) may be given too.
         rows: how a site's dropped weights are spread over its rows; kept beside the weights as
             ``rows.json``. None: equally.
@@ -109,7 +112,7 @@ def write_variant(
         overwrite: replace a variant that stands at ``out``.
 
     Raises:
-        ValueError: levels and a row rule are given together, or either with smaller shapes.
+        ValueError: levels and a row rule are given together, or either with shapes or bits.
         VariantError: something stands at ``out``, or the plan can't be stored.
         StorageError: the disk is full or refuses; nothing is left behind.
         ModelError: the base can't be read or does not fit the profile.
@@ -120,18 +123,21 @@ def write_variant(
         raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
     _check_plan(profile, ranks, space, plan)
     shrinks = plan.served_as is ServedAs.SHRINK
-    if shrinks and (rows is not None or levels is not None):
-        raise ValueError("smaller shapes are cut by the ranks alone: no row rule, no levels")
+    if plan.served_as is not ServedAs.MASK and (rows is not None or levels is not None):
+        raise ValueError("shapes and bits are cut by the ranks alone: no row rule, no levels")
     cuts = [
         replace(site_cut, levels=levels)
         for site_cut in _site_cuts(profile, ranks, space, plan, rows)
     ]
     shrink = ShrinkPlan.of(profile, space, plan.strategy, folder) if shrinks else None
+    cost = space.cost if isinstance(space.cost, ByteCost) else None
     with staged_folder(out, overwrite=overwrite) as stage:
-        if shrink is None:
-            files = _write_weights(stage, folder, profile, cuts)
-        else:
+        if cost is not None:
+            files = _write_bits(stage, folder, profile, cuts, cost, plan)
+        elif shrink is not None:
             files = write_shrunk(stage, shrink, ranks, units)
+        else:
+            files = _write_weights(stage, folder, profile, cuts)
         files |= copy_small_files(folder, stage, present=files.keys())
         if rows is not None:
             with HashedFile(stage / ROWS_NAME) as file:
@@ -147,6 +153,7 @@ def write_variant(
             dropped_weights=tuple((site_cut.site.path, site_cut.num_dropped) for site_cut in cuts),
             files=tuple(sorted(files.items())),
             site_weights=profile.num_site_weights if shrinks else 0,
+            precision={} if cost is None else _precision(profile, cost, plan),
         )
         with HashedFile(stage / DOCUMENT_NAME) as file:
             file.write(document.to_json().encode())
@@ -167,6 +174,32 @@ def _check_plan(profile: ModelProfile, ranks: RankStore, space: StrategySpace, p
         raise VariantError(
             f"strategy {plan.strategy.key[:12]} does not keep what its plan says; plan again"
         )
+
+
+def _write_bits(
+    stage: Path,
+    folder: Path,
+    profile: ModelProfile,
+    cuts: Sequence[_SiteCut],
+    cost: ByteCost,
+    plan: Plan,
+) -> dict[str, str]:
+    """Write cut and rounded weights and return file name -> sha256."""
+    by_path = {site_cut.site.path: site_cut for site_cut in cuts}
+    bits = cost.weight_bits(plan.strategy.values)
+    return write_quantised(
+        stage,
+        folder,
+        profile,
+        {site.path: own for site, own in zip(profile.sites, bits, strict=True)},
+        lambda site, weight: by_path[site.path].apply(weight),
+    )
+
+
+def _precision(profile: ModelProfile, cost: ByteCost, plan: Plan) -> dict[str, object]:
+    values = plan.strategy.values
+    judges_kv = any(dimension.name == "kv_bits" for dimension in cost.dimensions)
+    return describe(profile.sites, cost.weight_bits(values), cost.kv_bits(values), judges_kv)
 
 
 def _site_cuts(

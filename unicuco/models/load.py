@@ -37,6 +37,7 @@ from unicuco.models.folder import (
     resolve_model,
     weight_files,
 )
+from unicuco.models.quantised import check_known, read_state, round_eight_bit_inputs
 from unicuco.models.stored import with_stored_bytes
 from unicuco.models.structure import profile_model
 from unicuco.types import ModelProfile
@@ -51,25 +52,31 @@ class LoadedModel:
     folder: Path
 
 
-def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, fewer_bits: bool = False
+) -> LoadedModel:
     """Load a model, check its weights, and find its sites and blocks.
 
     Args:
         name: as `resolve_model` takes it.
         dtype: of every weight in memory.
+        fewer_bits: also take a variant of fewer bits, as the floats that its codes stand for.
 
     Raises:
         ModelError: no usable model is there, a weight is NaN or infinite (named), or the model is
             no causal decoder of repeated blocks.
     """
     folder = _resolve(name)
-    config = _load_config(folder)
+    config = _load_config(folder, fewer_bits=fewer_bits)
+    codes = config.__dict__.pop("quantization_config", None)
     with quiet_transformers():
-        model, report = _from_pretrained(folder, config, dtype)
+        model, report = _from_pretrained(folder, config, dtype, has_codes=codes is not None)
     _check_complete(folder, report)
     _check_finite(folder, model)
     model.eval()
     model.requires_grad_(False)
+    if codes is not None:
+        round_eight_bit_inputs(model, codes)
     profile = profile_model(model, digest=model_digest(folder))
     profile = with_stored_bytes(profile, model, weight_files(folder))
     return LoadedModel(model=model, profile=profile, folder=folder)
@@ -126,14 +133,20 @@ def build_skeleton(
     return _build(parsed, dtype=dtype, on_meta=on_meta)
 
 
-def build_on_meta(folder: Path) -> PreTrainedModel:
+def build_on_meta(folder: Path, *, fewer_bits: bool = False) -> PreTrainedModel:
     """Build the model of a folder as `build_skeleton` does, without memory for its parameters.
+
+    Args:
+        folder: of the model.
+        fewer_bits: also of a variant of fewer bits, as `load_model` takes it.
 
     Raises:
         ModelError: no usable model is there.
     """
     check_model_folder(folder)
-    return _build(_load_config(folder), dtype=torch.float32, on_meta=True)
+    config = _load_config(folder, fewer_bits=fewer_bits)
+    config.__dict__.pop("quantization_config", None)
+    return _build(config, dtype=torch.float32, on_meta=True)
 
 
 def _build(parsed: PreTrainedConfig, *, dtype: torch.dtype, on_meta: bool) -> PreTrainedModel:
@@ -178,7 +191,7 @@ def _resolve(name: str | Path) -> Path:
     return name
 
 
-def _load_config(folder: Path) -> PreTrainedConfig:
+def _load_config(folder: Path, *, fewer_bits: bool = False) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -191,10 +204,9 @@ def _load_config(folder: Path) -> PreTrainedConfig:
             f"{folder}: transformers can't use its config.json (model_type {named!r}): "
             f"{_first_line(error)}"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{folder} is already quantised; give the model with its full-precision weights"
-        )
+    codes = getattr(config, "quantization_config", None)
+    if codes is not None:
+        check_known(folder, codes if fewer_bits else {})
     return config
 
 
@@ -220,12 +232,15 @@ def _auto_class(config: PreTrainedConfig, what: str) -> Any:
 
 
 def _from_pretrained(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, *, has_codes: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     auto = _auto_class(config, str(folder))
+    # The class itself takes tensors without a folder; the automatic one does not.
+    kind = auto._model_mapping[type(config)] if has_codes else auto
     try:
-        model, report = auto.from_pretrained(
-            folder,
+        model, report = kind.from_pretrained(
+            None if has_codes else folder,
+            state_dict=read_state(weight_files(folder)) if has_codes else None,
             config=config,
             dtype=dtype,
             local_files_only=True,

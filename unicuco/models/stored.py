@@ -69,6 +69,10 @@ def with_stored_bytes(
                 blocks[block] += num_bytes
     return replace(
         profile,
+        sites=tuple(
+            replace(site, item_bytes=items.get(f"{site.path}.weight", site.item_bytes))
+            for site in profile.sites
+        ),
         total_bytes=total,
         block_bytes=tuple(blocks),
         parts=count_parts(profile.parts, profile.sites, model, items),

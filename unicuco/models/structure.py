@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unicuco.errors import ModelError
+from unicuco.models.kv_cache import cached_heads
 from unicuco.models.parts import find_parts
 from unicuco.types import ModelProfile, Site
 
@@ -68,6 +69,7 @@ def profile_model(model: PreTrainedModel, *, digest: str) -> ModelProfile:
         vocabulary_size=int(logits.shape[-1]),
         max_context=_max_context(model),
         parts=find_parts(model, block_paths, sites, lambda: _run(model, first)),
+        kv_heads=cached_heads(model, first, len(blocks)),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from unicuco.calibration import Sampling
-from unicuco.dimensions import DIMENSIONS, Granularity
+from unicuco.dimensions import DIMENSIONS, Granularity, check_dimensions
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY
 from unicuco.errors import RequestError
 from unicuco.importance import METRICS
@@ -73,9 +73,8 @@ class LearnOptions:
         _one_of("calibration-sampling", self.calibration_sampling, Sampling)
         for name in self.dimensions:
             _one_of("dimensions", name, DIMENSIONS)
-        if not self.dimensions or len(set(self.dimensions)) < len(self.dimensions):
-            raise RequestError("dimensions must be different names, one or more")
-        if self.shrinks and (self.has_levels or self.tasks):
+        check_dimensions(self.dimensions)
+        if not self.masks_only and (self.has_levels or self.tasks):
             what = f"pruner {self.pruner}" if self.has_levels else "task"
             raise RequestError(
                 f"{what} goes with the dimension sparsity alone in this version; "
@@ -85,9 +84,9 @@ class LearnOptions:
             raise RequestError(
                 f"pruner {self.pruner} builds levels of whole models: shards must be 1"
             )
-        if self.shards > 1 and self.shrinks:
+        if self.shards > 1 and not self.masks_only:
             raise RequestError(
-                "shards judge the dimension sparsity alone, no smaller shapes: shards must be 1"
+                "shards judge the dimension sparsity alone, no shapes or bits: shards must be 1"
             )
         if self.shards > 1 and self.calibration_sampling != Sampling.EVEN:
             raise RequestError("clustered sampling embeds text by a whole model: shards must be 1")
@@ -132,16 +131,16 @@ class LearnOptions:
         return tuple(name for name, _ in self.tasks)
 
     @property
-    def shrinks(self) -> bool:
-        """Whether variants have smaller shapes."""
-        return any(DIMENSIONS[name].served_as is ServedAs.SHRINK for name in self.dimensions)
+    def masks_only(self) -> bool:
+        """Whether variants are masks: neither smaller shapes nor fewer bits."""
+        return all(DIMENSIONS[name].served_as is ServedAs.MASK for name in self.dimensions)
 
     @property
     def num_evaluations(self) -> int:
         """Strategies to ask in all."""
         if self.evaluations is not None:
             return self.evaluations
-        knows_values_only = self.preset == "default" and (self.has_levels or self.shrinks)
+        knows_values_only = self.preset == "default" and (self.has_levels or not self.masks_only)
         return DEFAULT_EVALUATIONS[self.preset] * (
             _UNITS_WITH_DERIVATIVES if knows_values_only else 1
         )

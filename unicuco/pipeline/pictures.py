@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unicuco.plots import plot_front, plot_strategies
-from unicuco.types import Request, Target
 
 if TYPE_CHECKING:
     from unicuco.pipeline.run import Run
@@ -28,16 +27,12 @@ def draw_front(run: Run, path: Path) -> None:
 
 
 def draw_strategies(run: Run, path: Path) -> None:
-    """Draw how each sparsity is spread over the sites, as StratNet decides it."""
+    """Draw how each target is spread over the sites, as StratNet decides it."""
     low, high = run.sparsity_range
     targets = np.linspace(max(0.1, low), high, 17)
-    plans = run.planner.plan([Request(target=Target.SPARSITY, value=float(t)) for t in targets])
     sites = run.profile.sites
-    columns = []
-    for plan in plans:
-        assert not isinstance(plan, Exception), "targets lie inside the learned range"
-        drops = run.planner.space.cost.site_drops(plan.strategy.values)
-        columns.append([drops[site.path] / site.num_weights for site in sites])
+    cost = run.planner.space.cost
+    columns = [cost.site_losses(s.values) for s in run.planner.along(targets.tolist())]
     names = [f"{site.block}.{site.path.rsplit('.', 1)[-1]}" for site in sites]
     plot_strategies(path, targets.tolist(), names, np.array(columns).T, caption=_caption(run))
 

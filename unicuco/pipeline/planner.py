@@ -7,6 +7,8 @@ weighted Tchebycheff value of size and log KL, both scaled to [0, 1] over the fr
 the weights multiplying, so that more preference for size never keeps more. Then one batch:
 StratNet's answers, the exact fill, the surrogate's predictions.
 
+Of a run that learned bits the front counts bytes, and sizes are met by `ByteRequests`.
+
 With several tasks, a request's weights say what KL means; the front is then that of the weighted
 KL, made when a weighting first asks for it.
 
@@ -22,13 +24,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from unicuco.dimensions import ByteCost
 from unicuco.errors import InfeasibleRequestError, UnicucoError
+from unicuco.pipeline.byte_requests import ByteRequests, kv_tokens
 from unicuco.space import StrategySpace
 from unicuco.stratnet import StratNetAllocator
 from unicuco.surrogate import EPSILON, Forecast
 from unicuco.types import Plan, Prediction, Request, ServedAs, Strategy, Target
 
 _MAX_FRONTS: Final = 64  # kept at a time, of different task weights
+_LEARNED: Final = {
+    ServedAs.MASK: "masks",
+    ServedAs.SHRINK: "smaller shapes",
+    ServedAs.QUANTISED: "fewer bits",
+}
 _GRID: Final = 341  # points of the front: steps of a quarter of a percent over [0.05, 0.9]
 
 
@@ -87,14 +96,22 @@ class Planner:
         self._grid = torch.linspace(self._low, self._high, _GRID, dtype=torch.float64)
         self._fronts: dict[_Weights, _Front] = {}
         self._front_of(None)
+        cost = space.cost
+        self._bytes = None
+        if isinstance(cost, ByteCost):
+            self._bytes = ByteRequests(space, cost, allocator, sparsity_range)
 
     def plan(self, requests: Sequence[Request]) -> list[Plan | UnicucoError]:
         """Answer every request; one that can't be met is answered by its error, at its place."""
-        answers: list[UnicucoError | float] = []
+        answers: list[UnicucoError | Strategy | float] = []
         weightings: list[_Weights] = []
         for request in requests:
             try:
                 weights = self._weights_of(request)
+                self._check_served_as(request)
+                if self._bytes is not None and self._bytes.moves(request):
+                    answers.append(self._bytes.answer(request))
+                    continue
                 answers.append(self._sparsity_of(request, weights))
                 weightings.append(weights)
             except UnicucoError as error:
@@ -103,10 +120,19 @@ class Planner:
         met = [r for r, answer in zip(requests, answers, strict=True) if isinstance(answer, float)]
         over_sites = [r.target is Target.SPARSITY for r in met]
         strategies = iter(self._strategies(targets, weightings, over_sites))
-        return [
-            answer if isinstance(answer, UnicucoError) else self._plan(request, *next(strategies))
-            for request, answer in zip(requests, answers, strict=True)
-        ]
+        plans: list[Plan | UnicucoError] = []
+        for request, answer in zip(requests, answers, strict=True):
+            if isinstance(answer, UnicucoError):
+                plans.append(answer)
+            elif isinstance(answer, Strategy):
+                plans.append(self._plan(request, answer, *self.predict([answer])))
+            else:
+                plans.append(self._plan(request, *next(strategies)))
+        return plans
+
+    def along(self, targets: Sequence[float]) -> list[Strategy]:
+        """Return the answers to targets of the learned range: sparsities, or shares of bytes."""
+        return [s for s, _ in self._strategies(list(targets), [None] * len(targets))]
 
     def predict(self, strategies: Sequence[Strategy]) -> list[Prediction]:
         """Predict the KL of any strategies of the space on fresh text."""
@@ -206,6 +232,11 @@ class Planner:
     def _plan(self, request: Request, strategy: Strategy, kl: Prediction) -> Plan:
         cost = self.space.cost
         kept = cost.kept_params(strategy.values)
+        packed = kv = None
+        if isinstance(cost, ByteCost):
+            packed = cost.packed_bytes(strategy.values)
+            if request.target is Target.MAX_TOTAL_BYTES:
+                kv = cost.kv_bytes(strategy.values, kv_tokens(request, cost))
         dropped = sum(cost.site_drops(strategy.values).values())
         return Plan(
             request=request,
@@ -216,15 +247,19 @@ class Planner:
             num_bytes=cost.num_bytes(strategy.values),
             served_as=cost.served_as,
             kl=kl,
+            packed_bytes=packed,
+            kv_bytes=kv,
         )
 
-    def _sparsity_of(self, request: Request, weights: _Weights) -> float:
+    def _check_served_as(self, request: Request) -> None:
         served_as = self.space.cost.served_as
         if request.served_as not in (None, served_as):
-            learned = "masks" if served_as is ServedAs.MASK else "smaller shapes"
             raise InfeasibleRequestError(
-                f"this run learned {learned} only; it can't serve a variant as {request.served_as}"
+                f"this run learned {_LEARNED[served_as]} only; "
+                f"it can't serve a variant as {request.served_as}"
             )
+
+    def _sparsity_of(self, request: Request, weights: _Weights) -> float:
         value = request.value
         if request.target is Target.SPARSITY:
             if value > self._high + 1e-12:
@@ -236,6 +271,11 @@ class Planner:
             return self._of_bytes(int(value), self._front_of(weights))
         if request.target is Target.MAX_KL:
             return self._of_kl(value, self._front_of(weights))
+        if request.target in (Target.MAX_TOTAL_BYTES, Target.MAX_PACKED_BYTES):
+            raise InfeasibleRequestError(
+                f"this run did not learn bits, which {request.target} counts; learn one with "
+                "--dimensions weight_bits,kv_bits or sparsity,weight_bits"
+            )
         return self._of_preference(value, self._front_of(weights))
 
     def _of_params(self, wanted: int) -> float:

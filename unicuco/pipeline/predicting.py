@@ -49,7 +49,7 @@ class WholePredictor:
     """
 
     def __init__(self, name: Path | str) -> None:
-        self.loaded = load_model(name)
+        self.loaded = load_model(name, fewer_bits=True)
 
     @torch.no_grad()
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
@@ -111,4 +111,6 @@ def free_bytes() -> float:
 def _whole_bytes(name: Path | str) -> int:
     """Return what a model takes in memory: every weight is four bytes there."""
     folder = resolve_model(str(name))
-    return sum(_FLOAT_BYTES * p.numel() for p in build_on_meta(folder).parameters())
+    return sum(
+        _FLOAT_BYTES * p.numel() for p in build_on_meta(folder, fewer_bits=True).parameters()
+    )

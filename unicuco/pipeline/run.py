@@ -239,6 +239,7 @@ def _profile(document: dict[str, Any]) -> ModelProfile:
     }
     fields["sites"] = tuple(Site(**site) for site in document["sites"])
     fields["parts"] = tuple(map(_part, document["parts"]))
+    fields["kv_heads"] = tuple(map(tuple, document.get("kv_heads", ())))
     return ModelProfile(**fields)
 
 

@@ -59,7 +59,7 @@ class Neighbourhood:
 
         Args:
             starts: within the budget.
-            budget: kept parameters.
+            budget: as the space counts.
             judge: what is lowered.
             generator: draws the moves that are judged where there are too many.
             num_best: how many.
@@ -98,13 +98,13 @@ class Neighbourhood:
         if self._counts:
             # Counted axes at their ends leave room for a weight that rounding gives back to each.
             least = torch.where(self._is_shape, moved, 1.0)
-            fits = self._kept(least) <= budget - len(self._is_shape)
+            fits = self._kept(least) <= budget - 2 * len(self._is_shape)
             moved = _sample(moved[fits], limit, generator)
             return self._space.share(moved, self._rest, budget) if len(moved) else moved
         return _sample(moved[self._kept(moved) <= budget + 0.5], limit, generator)
 
     def _kept(self, points: Tensor) -> Tensor:
-        return self._space.cost.kept(self._space.settings(points))
+        return self._space.cost.size(self._space.settings(points))
 
     def _alive(self, points: Tensor) -> Tensor:
         """Say which of ``c`` points leave a part standing."""

@@ -139,7 +139,7 @@ class _Teacher:
         rest = self._alone.units([middle])[0].clamp(0.02, 0.98)
         self._neighbourhood = Neighbourhood(space, rest)
         self._measured = sorted(
-            ((e.kl, space.cost.kept_params(s.values), s) for s, e in evaluations),
+            ((e.kl, space.cost.size_of(s.values), s) for s, e in evaluations),
             key=lambda item: item[0],
         )
 
@@ -218,7 +218,7 @@ def _teach(
     Those are no larger than the targets, for shapes meet a budget to a step.
     """
     points = space.encode(lessons).clamp(0, 1)
-    kept = space.cost.kept(space.settings(points))
+    kept = space.cost.size(space.settings(points))
     features = target_features(net.kind, targets)
     optimizer = torch.optim.Adam(net.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -255,13 +255,15 @@ def alone_strategies(space: StrategySpace) -> list[Strategy]:
 
 
 def _alone_value(axis: Axis) -> float:
+    if axis.power > 2:  # so steep that only its end shows
+        return axis.max_step / axis.num_steps
     return max(1, min(round(_HALF * axis.num_steps), axis.max_step)) / axis.num_steps
 
 
 def curves_of(
     config: SearchConfig, space: StrategySpace, evaluations: Sequence[tuple[Strategy, Evaluation]]
 ) -> AxisCurves:
-    """Return the axis curves with those of shapes as parabolas through what parts cost alone."""
+    """Return the axis curves with those of shapes as powers through what parts cost alone."""
     table = config.curves.double().clone()
     knots = torch.linspace(0, 1, table.shape[1], dtype=torch.float64)
     units = space.encode([strategy for strategy, _ in evaluations])
@@ -269,11 +271,17 @@ def curves_of(
     for unit, (_, evaluation) in zip(units, evaluations, strict=True):
         active = (unit > 0).nonzero()[:, 0].tolist()
         if len(active) == 1 and space.axes[active[0]].is_shape:
-            heights[active[0]] = max(evaluation.kl, 1e-5) / float(unit[active[0]]) ** 2
+            a = active[0]
+            heights[a] = max(evaluation.kl, 1e-5) / float(unit[a]) ** space.axes[a].power
     for a, axis in enumerate(space.axes):
         if not axis.is_shape or not heights:
             continue
-        kind = [k for k in heights if space.axes[k].num_steps == axis.num_steps] or [*heights]
+        kind = [k for k in heights if _kind(space.axes[k]) == _kind(axis)] or [*heights]
         nearest = min(kind, key=lambda k: abs(k - a))
-        table[a] = heights.get(a, heights[nearest]) * knots.square()
+        table[a] = heights.get(a, heights[nearest]) * knots.pow(axis.power)
     return AxisCurves(table)
+
+
+def _kind(axis: Axis) -> tuple[str, int]:
+    """Return what axes have in common whose costs are alike."""
+    return axis.name.split("/")[0], axis.num_steps

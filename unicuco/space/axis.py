@@ -17,7 +17,8 @@ class Axis:
 
     ``name`` is ``dimension/site``; settings lie in [low, high] on the grid k / num_steps, and more
     is always smaller. ``num_steps`` of a sparsity axis is its number of weights; a yes-or-no axis
-    has one step. A step of an axis with ``is_shape`` takes many weights away at once.
+    has one step. A step of an axis with ``is_shape`` takes many weights away at once. What an axis
+    costs alone is taken to grow with its setting to the ``power``, where nothing else is known.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Axis:
     high: float
     num_steps: int
     is_shape: bool = False
+    power: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1 or self.num_steps < 1:
@@ -56,28 +58,48 @@ class Shape:
 
 
 class CostModel(Protocol):
-    """Parameters and bytes of strategies, made by the dimensions; falling along every axis."""
+    """Parameters and bytes of strategies, made by the dimensions; rising along no axis.
+
+    Budgets count a strategy's size: its kept parameters, or its bytes where dimensions change bits.
+    ``total_size`` is the dense model's, ``site_size`` what of it the axes work on,
+    ``counts_bytes`` which of the two it is.
+    """
 
     total_params: int
     num_site_weights: int
+    total_size: int
+    site_size: int
+    counts_bytes: bool
     parts: tuple[Part, ...]
 
     @property
     def served_as(self) -> ServedAs:
         """How a variant is stored."""
 
-    def kept(self, settings: Tensor) -> Tensor:
-        """Return the relaxed kept parameters, ``b``, of ``b x d`` settings; differentiable.
+    @property
+    def slack(self) -> float:
+        """By how much the relaxed size of settings on the grid may be less than the exact one."""
 
-        Of settings on the grid it is exact, but for less than a weight per site where several
-        dimensions meet.
+    def size(self, settings: Tensor) -> Tensor:
+        """Return the relaxed size, ``b`` float64, of ``b x d`` settings; differentiable.
+
+        Of settings on the grid it is exact, but for ``slack`` where several dimensions meet.
         """
+
+    def size_of(self, values: Sequence[float]) -> int:
+        """Return the exact size of a strategy."""
+
+    def kept(self, settings: Tensor) -> Tensor:
+        """Return the relaxed kept parameters, ``b``, of ``b x d`` settings; differentiable."""
 
     def shape(self, values: Sequence[float]) -> Shape:
         """Return exactly what is left of the model."""
 
     def site_drops(self, values: Sequence[float]) -> dict[str, int]:
         """Return the exact number of weights each site loses: all of them where it is removed."""
+
+    def site_losses(self, values: Sequence[float]) -> list[float]:
+        """Return the share of its size that every site loses."""
 
     def kept_params(self, values: Sequence[float]) -> int:
         """Return how many parameters of the whole model are neither zeroed nor removed."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from unicuco.errors import InfeasibleRequestError
 from unicuco.space.axis import Axis, CostModel
 
-_EXACT: Final = 0.5  # parameters: below the rounding of whole numbers in float64
+_EXACT: Final = 0.5  # parameters or bytes: below the rounding of whole numbers in float64
 _BISECTIONS: Final = 60
 _REACH: Final = 40.0  # in logits: from one corner of the clamped cube to the other
 
@@ -61,7 +61,7 @@ class ShapeFill:
 
         Args:
             relaxed: ``b x d`` unit points, projected onto the budgets.
-            kept: ``b`` budgets in kept parameters, none below `smallest`.
+            kept: ``b`` budgets in the cost model's size, none below `smallest`.
         """
         z = torch.logit(relaxed, eps=1e-7)
         shapes = torch.stack(
@@ -143,7 +143,7 @@ class ShapeFill:
 
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            above = (self._cost.kept(settings(middle)) > kept)[:, None]
+            above = (self._cost.size(settings(middle)) > kept)[:, None]
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         return settings(high)
 
@@ -163,30 +163,51 @@ class ShapeFill:
         """Drop what is above the budget, then return what was dropped beyond it, axis by axis."""
         counted = self._counted.nonzero()[:, 0].tolist()
         for axis in counted:
-            excess = self._kept_params(steps) - budget
-            if excess > 0:
-                steps[axis] = min(float(self._top[axis]), float(steps[axis]) + excess)
-        spare = budget - self._kept_params(steps)
-        if spare < 0:
-            raise InfeasibleRequestError("the budget can't be met by this space")
-        for axis in counted:
-            if not spare:
+            if self._exact_size(steps) <= budget:
                 break
-            trial = steps.clone()
-            trial[axis] = max(float(self._bottom[axis]), float(steps[axis]) - spare)
-            left = budget - self._kept_params(trial)
-            if left >= 0:
-                steps, spare = trial, left
+            steps = self._first_that_fits(steps, axis, float(self._top[axis]), budget)
+        if self._exact_size(steps) > budget:
+            raise InfeasibleRequestError("the budget can't be met by this space")
+        spare = budget - self._exact_size(steps)
+        for axis in counted:
+            if spare <= self._tolerance:
+                break
+            low, end = steps.clone(), float(steps[axis])
+            low[axis] = self._bottom[axis]
+            if self._exact_size(low) > budget:
+                low[axis] = max(float(low[axis]), end - self._weights_in(spare))
+            steps = self._first_that_fits(low, axis, end, budget)
+            spare = budget - self._exact_size(steps)
         return steps
+
+    def _first_that_fits(self, steps: Tensor, axis: int, end: float, budget: int) -> Tensor:
+        """Raise an axis from where it is to where the budget is first met, or to ``end``."""
+        low, high = float(steps[axis]), end
+        trial = steps.clone()
+        if self._exact_size(trial) <= budget:
+            return trial
+        while high - low > 1:
+            trial[axis] = (low + high) // 2
+            fits = self._exact_size(trial) <= budget
+            low, high = (low, float(trial[axis])) if fits else (float(trial[axis]), high)
+        trial[axis] = high
+        return trial
+
+    @property
+    def _tolerance(self) -> int:
+        """What may be left of a budget: a weight is one parameter, or (16 bits) two bytes."""
+        return 1 if self._cost.counts_bytes else 0
+
+    def _weights_in(self, size: int) -> int:
+        """Return no fewer weights than a size holds: two (4 bits) in a byte are the most."""
+        return 2 * size + 2 if self._cost.counts_bytes else size
 
     @cached_property
     def _margin(self) -> float:
-        # Of narrowed sites the relaxed count is off by less than a weight for each counted axis.
-        narrows = any(axis.is_shape and not axis.is_choice for axis in self._axes)
-        return float(self._counted.sum()) if narrows else 0.0
+        return self._cost.slack
 
     def _kept(self, steps: Tensor) -> Tensor:
-        return self._cost.kept(steps / self._num_steps)
+        return self._cost.size(steps / self._num_steps)
 
-    def _kept_params(self, steps: Tensor) -> int:
-        return self._cost.kept_params((steps / self._num_steps).tolist())
+    def _exact_size(self, steps: Tensor) -> int:
+        return self._cost.size_of((steps / self._num_steps).tolist())

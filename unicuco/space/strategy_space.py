@@ -5,7 +5,8 @@ settings only. The space is given its axes and a `CostModel` by the dimensions a
 weights nor text.
 
 Notation: b batch, d axes, u in [0, 1]^d, s = low + u (high - low) the setting, N the grid steps of
-an axis (s is a multiple of 1/N), K a budget of kept parameters, z = logit(u).
+an axis (s is a multiple of 1/N), K a budget: kept parameters, or bytes where dimensions change
+bits, z = logit(u).
 
 Projection moves every axis along one monotone path, z + t with one scalar t per row, until the
 relaxed cost meets the budget. So no axis saturates, the result is differentiable in u (implicitly,
@@ -84,11 +85,11 @@ class StrategySpace:
 
     @cached_property
     def axis_params(self) -> Tensor:
-        """``d`` float64: parameters that each axis alone takes away from low to high."""
+        """``d`` float64: what each axis alone takes off the size from low to high."""
         if self._shapes is None:
             return self._steps * self._span
         rows = self._low + torch.diag(self._span)
-        return self.cost.kept(self._low[None]) - self.cost.kept(rows)
+        return self.cost.size(self._low[None]) - self.cost.size(rows)
 
     def settings(self, unit: Tensor) -> Tensor:
         """Map ``b x d`` unit points to relaxed settings."""
@@ -112,7 +113,7 @@ class StrategySpace:
         return (values.reshape(-1, self.num_axes) - self._low) / self._span
 
     def kept_range(self) -> tuple[int, int]:
-        """Return the fewest and the most parameters that a strategy of this space keeps."""
+        """Return the smallest and the largest size of a strategy of this space."""
         return self._kept_range
 
     @cached_property
@@ -123,19 +124,28 @@ class StrategySpace:
 
     @cached_property
     def _kept_range(self) -> tuple[int, int]:
-        fewest, most = (self.cost.kept_params(corner.values) for corner in self._corners)
+        fewest, most = (self.cost.size_of(corner.values) for corner in self._corners)
         return fewest, most
 
     @property
     def highest_sparsity(self) -> float:
-        """The sparsity over sites of the smallest strategy."""
+        """The sparsity over sites of the smallest strategy; in bytes: the share that goes."""
+        if self.cost.counts_bytes:
+            return (self.cost.total_size - self.kept_range()[0]) / self.cost.site_size
         drops = self.cost.site_drops(self._corners[0].values)
         return sum(drops.values()) / self.cost.num_site_weights
 
     def kept_for_sparsity(self, sparsity: float) -> int:
-        """Return the kept parameters that a sparsity over sites means: never one weight above."""
-        dropped = _ceil(sparsity * self.cost.num_site_weights)
-        return self.cost.total_params - dropped
+        """Return the budget that a sparsity over sites means: never one weight above.
+
+        Where budgets are bytes, it is the share of the sites' bytes that goes.
+        """
+        dropped = _ceil(sparsity * self.cost.site_size)
+        return self.cost.total_size - dropped
+
+    def relaxed_budgets(self, sparsity: Tensor) -> Tensor:
+        """Return the ``b`` float64 budgets of `kept_for_sparsity`, differentiable."""
+        return self.cost.total_size - sparsity.double() * self.cost.site_size
 
     def uniform(self, sparsity: float) -> Strategy:
         """Return the strategy nearest to equal settings on all axes at exactly this sparsity."""
@@ -147,7 +157,7 @@ class StrategySpace:
 
         Args:
             unit: ``b x d`` points, any float dtype.
-            kept: ``b`` budgets in kept parameters; those beyond the range end at its corner.
+            kept: ``b`` budgets in size; those beyond the range end at its corner.
 
         Returns:
             ``b x d`` float64 points, differentiable in ``unit``.
@@ -162,8 +172,8 @@ class StrategySpace:
         _, slope = self._cost_along(z.detach(), t)
         # Implicit differentiation: t(z) solves cost(z + t) = kept, so one Newton step from the
         # solution has its derivative (and corrects what the iteration left over).
-        excess = self.cost.kept(self.settings(torch.sigmoid(z + t[:, None]))) - kept
-        reachable = excess.detach().abs() < _NEWTON_REACH * self.cost.total_params
+        excess = self.cost.size(self.settings(torch.sigmoid(z + t[:, None]))) - kept
+        reachable = excess.detach().abs() < _NEWTON_REACH * self.cost.total_size
         newton = t - torch.where(reachable, excess, 0.0) / slope.clamp(max=-1e-9)
         return torch.sigmoid(z + newton[:, None])
 
@@ -172,7 +182,7 @@ class StrategySpace:
 
         Args:
             unit: ``b x d`` points.
-            kept: ``b`` budgets in kept parameters.
+            kept: ``b`` budgets in size.
 
         Raises:
             InfeasibleRequestError: a budget below what the space reaches; ``nearest`` is that
@@ -183,8 +193,9 @@ class StrategySpace:
         fewest, most = self.kept_range()
         low = min(kept)
         if low < fewest:
+            counted = "bytes" if self.cost.counts_bytes else "parameters"
             raise InfeasibleRequestError(
-                f"no strategy keeps only {low:,} parameters; the fewest are {fewest:,}",
+                f"no strategy keeps only {low:,} {counted}; the fewest are {fewest:,}",
                 nearest=float(fewest),
             )
         budget = torch.tensor([min(k, most) for k in kept], dtype=torch.float64)
@@ -232,7 +243,7 @@ class StrategySpace:
             value, slope = self._cost_along(z, t)
             excess = value - kept
             low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
-            done = (excess.abs() < _TOLERANCE * self.cost.total_params) | (high - low < 1e-9)
+            done = (excess.abs() < _TOLERANCE * self.cost.total_size) | (high - low < 1e-9)
             if bool(done.all()):
                 break
             newton = t - excess / slope.clamp(max=-1e-9)
@@ -244,7 +255,7 @@ class StrategySpace:
         """Return the ``b`` relaxed costs at ``z + t`` and their derivatives to t."""
         with torch.enable_grad():
             shift = t.detach().clone().requires_grad_(True)
-            cost = self.cost.kept(self.settings(torch.sigmoid(z + shift[:, None])))
+            cost = self.cost.size(self.settings(torch.sigmoid(z + shift[:, None])))
             slope = torch.autograd.grad(cost.sum(), shift)[0]
         return cost.detach(), slope
 

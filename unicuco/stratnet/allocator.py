@@ -57,11 +57,11 @@ class StratNetAllocator:
         left, right = self._own_sparsity[index - 1], self._own_sparsity[index]
         share = ((sparsities - left) / (right - left).clamp(min=1e-12)).clamp(0, 1)
         preference = self._grid[index - 1] + share * (self._grid[index] - self._grid[index - 1])
-        kept = self._space.cost.total_params - sparsities * self._space.cost.num_site_weights
+        kept = self._space.relaxed_budgets(sparsities)
         return self._space.project(self._net(preference_features(preference)), kept)
 
     def _sparsity_of_preferences(self) -> Tensor:
         """Return the sparsity of the network's own answers on the grid, made rising."""
         answers = self._space.settings(self._net(preference_features(self._grid)))
-        dropped = self._space.cost.total_params - self._space.cost.kept(answers)
-        return (dropped / self._space.cost.num_site_weights).cummax(0).values
+        dropped = self._space.cost.total_size - self._space.cost.size(answers)
+        return (dropped / self._space.cost.site_size).cummax(0).values

@@ -125,11 +125,11 @@ def _train(
 
 def size_answers(net: StratNet, space: StrategySpace, sparsity: Tensor) -> Tensor:
     """Return a network's ``b x d`` answers to ``b`` sparsities, projected; differentiable."""
-    kept = space.cost.total_params - sparsity.double() * space.cost.num_site_weights
+    kept = space.relaxed_budgets(sparsity)
     return space.project_logits(net.logits(target_features(net.kind, sparsity)), kept)
 
 
 def task_answers(net: StratNet, space: StrategySpace, sparsity: Tensor, weights: Tensor) -> Tensor:
     """Return a network's ``b x d`` answers to ``b`` sparsities under ``b x k`` task weights."""
-    kept = space.cost.total_params - sparsity.double() * space.cost.num_site_weights
+    kept = space.relaxed_budgets(sparsity)
     return space.project_logits(net.logits(task_features(sparsity, weights)), kept)

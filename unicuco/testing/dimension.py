@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unicuco.dimensions import DIMENSIONS, Dimension, Granularity, ProductCost
+from unicuco.dimensions import DIMENSIONS, Dimension, Granularity, ProductCost, build_cost
 from unicuco.errors import RequestError
 from unicuco.testing.profiles import make_profile
 from unicuco.testing.tiny import FAMILIES, build_tiny
@@ -53,14 +53,14 @@ class DimensionContract:
         assert cost.kept_params(values) == _PROFILE.total_params
         assert cost.num_bytes(values) == _PROFILE.total_bytes
         assert set(cost.site_drops(values).values()) == {0}
-        assert float(cost.kept(zeros)[0]) == _PROFILE.total_params
+        assert float(cost.size(zeros)[0]) == cost.size_of(values) == cost.total_size
 
     def test_the_relaxed_cost_is_the_exact_one_on_the_grid(self, granularity: Granularity) -> None:
         cost = self._cost(granularity)
         for row in self._points(granularity):
-            exact = cost.kept_params(row.tolist())
+            exact = cost.size_of(row.tolist())
             # A block's count is split over its sites by rounding: less than a weight for each.
-            assert abs(float(cost.kept(row[None])[0]) - exact) < 1e-6 * _PROFILE.total_params
+            assert abs(float(cost.size(row[None])[0]) - exact) < 1e-6 * cost.total_size
 
     def test_cost_never_rises_along_an_axis(self, granularity: Granularity) -> None:
         cost = self._cost(granularity)
@@ -70,10 +70,12 @@ class DimensionContract:
                 steps = sorted({int(axis.max_step * share / 8) for share in range(9)})
                 line = row.repeat(len(steps), 1)
                 line[:, index] = torch.tensor(steps, dtype=torch.float64) / axis.num_steps
-                relaxed = cost.kept(line)
+                relaxed = cost.size(line)
                 assert bool((relaxed.diff() < 0).all())
-                exact = [cost.kept_params(point.tolist()) for point in line]
+                exact = [cost.size_of(point.tolist()) for point in line]
                 assert exact == sorted(exact, reverse=True)
+                kept = [cost.kept_params(point.tolist()) for point in line]
+                assert kept == sorted(kept, reverse=True)
                 stored = [cost.num_bytes(point.tolist()) for point in line]
                 assert stored == sorted(stored, reverse=True)
 
@@ -111,7 +113,7 @@ class DimensionContract:
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
     def _cost(self, granularity: Granularity) -> ProductCost:
-        return ProductCost(_PROFILE, [self.dimension], granularity)
+        return build_cost(_PROFILE, [self.dimension.name], granularity)
 
     def _num_axes(self, granularity: Granularity) -> int:
         return len(self.dimension.axes(_PROFILE, granularity))

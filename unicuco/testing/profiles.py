@@ -21,7 +21,7 @@ def make_profile(
         outside_params: parameters outside all blocks.
     """
     sites = tuple(
-        Site(block=b, path=f"blocks.{b}.site_{k}", num_rows=rows, num_columns=columns)
+        Site(block=b, path=f"blocks.{b}.site_{k}", num_rows=rows, num_columns=columns, item_bytes=2)
         for b, shapes in enumerate(blocks)
         for k, (rows, columns) in enumerate(shapes)
     )
@@ -43,6 +43,7 @@ def make_profile(
         vocabulary_size=16,
         max_context=32,
         parts=parts,
+        kv_heads=((2, 4),) * len(blocks),
     )
 
 

@@ -9,9 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from unicuco.dimensions import DIMENSIONS, Granularity, ProductCost, build_cost, build_space
+from unicuco.dimensions import (
+    DIMENSIONS,
+    ByteCost,
+    Granularity,
+    ProductCost,
+    build_cost,
+    build_space,
+)
 from unicuco.dimensions.depth import Depth
+from unicuco.dimensions.kv_bits import KvBits
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY, Sparsity
+from unicuco.dimensions.weight_bits import WeightBits
 from unicuco.dimensions.width import Width
 from unicuco.errors import RequestError
 from unicuco.models import block_module, read_site
@@ -36,8 +45,18 @@ class TestWidth(DimensionContract):
     families = frozenset({"llama", "qwen2"})
 
 
+class TestWeightBits(DimensionContract):
+    dimension = WeightBits()
+    families = frozenset(FAMILIES) - {"gpt2"}
+
+
+class TestKvBits(DimensionContract):
+    dimension = KvBits()
+
+
 def test_every_dimension_has_a_contract_test() -> None:
-    tested = {kind.dimension.name for kind in (TestSparsity, TestDepth, TestWidth)}
+    kinds = (TestSparsity, TestDepth, TestWidth, TestWeightBits, TestKvBits)
+    tested = {kind.dimension.name for kind in kinds}
     assert set(DIMENSIONS) == tested
     assert all(name == dimension.name for name, dimension in DIMENSIONS.items())
 
@@ -211,7 +230,7 @@ def test_dimensions_meet_as_a_product() -> None:
 
 @pytest.mark.parametrize("dimensions", [(), ("sparsity", "sparsity"), ("sparcity",)])
 def test_dimensions_are_known_and_different(dimensions: tuple[str, ...]) -> None:
-    with pytest.raises(RequestError, match="different names out of sparsity, depth, width; got"):
+    with pytest.raises(RequestError, match=r"different names out of sparsity, depth, .*; got"):
         build_space(PROFILE, dimensions)
 
 
@@ -238,3 +257,43 @@ def test_masks_are_not_the_dimension_s_business_on_a_live_model() -> None:
     Sparsity().apply(model, profile, [0.5] * len(profile.sites), Granularity.LAYER)
     after = [read_site(model, site) for site in profile.sites]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+# --- bits ---------------------------------------------------------------------------------------
+
+
+def test_matrices_that_an_engine_fuses_share_their_bits() -> None:
+    _, profile = build_tiny("llama")
+    names = [axis.name for axis in WeightBits().axes(profile, Granularity.LAYER)]
+    inside = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert names == [f"weight_bits/model.layers.{b}.{path}" for b in range(2) for path in inside]
+    cost = build_cost(profile, ["weight_bits"], Granularity.LAYER)
+    assert isinstance(cost, ByteCost)
+    bits = cost.weight_bits([1.0, 0.5, 0.0, 0.5, *[0.0] * 4])
+    assert bits[:7] == (4, 4, 4, 8, 16, 16, 8)
+    assert set(bits[7:]) == {16}
+
+
+def test_eight_bits_round_the_inputs_of_their_matrix_alone() -> None:
+    model, profile = build_tiny("llama")
+    ids = torch.randint(1, 257, (1, 12), generator=torch.Generator().manual_seed(1))
+    dense = model(input_ids=ids).logits
+    WeightBits().apply(model, profile, [1.0] * 8, Granularity.LAYER)
+    assert torch.equal(model(input_ids=ids).logits, dense)  # 4 bits take inputs as they are
+    WeightBits().apply(model, profile, [0.0, 0.5, *[0.0] * 6], Granularity.LAYER)
+    assert not torch.equal(model(input_ids=ids).logits, dense)
+
+
+def test_bytes_of_weights_and_cache_are_counted_by_hand() -> None:
+    profile = make_profile([[(4, 64), (8, 32)]])  # 2 bytes a weight, 2 heads of 4
+    cost = build_cost(profile, ["sparsity", "weight_bits", "kv_bits"], Granularity.LAYER)
+    assert isinstance(cost, ByteCost)
+    outside = profile.total_bytes - 2 * 512
+    half = [32 / 256, 128 / 256, 0.5, 1.0, 2 / 3]  # zeros, zeros, 8 bits, 4 bits, 6 bits
+    eight, four = 256 + 4 * 2, 8 * 4 * 4 + 8 * 2 + 16
+    assert cost.num_bytes(half) == outside + eight + four
+    sparse = 64 + 256 // 8 + 8 * 2 + 16  # 128 weights of half a byte, and where they are
+    assert cost.packed_bytes(half) == outside + eight + sparse  # 32 zeros cost what they save
+    assert cost.kv_bytes(half, 10) == 10 * 2 * 2 * (3 + 2)
+    assert cost.kv_bytes([0.0] * 5, 10) == 10 * 2 * 2 * 8
+    assert cost.size_of(half) == cost.packed_bytes(half) + cost.kv_bytes(half, cost.kv_tokens)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unicuco.dimensions import ByteCost
+from unicuco.errors import InfeasibleRequestError, RequestError, UnicucoError
+from unicuco.pipeline import LearnOptions, LocalBackend, Run, evaluate_variant, learn, prune
+from unicuco.testing import tiny_model_folder
+from unicuco.types import Plan, Request, ServedAs
+
+
+def learned(model: Path, text: Path, out: Path, **changes: Any) -> Run:
+    options = LearnOptions(
+        **{"model": str(model), "out": out, "calibration": text, "tokens": 256, **changes}
+    )
+    return learn(options, backend=LocalBackend(), progress=lambda step: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bits") / "model"
+    return tiny_model_folder(
+        folder, "llama", hidden_size=64, num_heads=2, num_kv_heads=1, dtype=torch.bfloat16
+    )
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that decides zeros, weight bits and KV bits together."""
+    dimensions = ("sparsity", "weight_bits", "kv_bits")
+    out = tmp_path_factory.mktemp("bits") / "run"
+    return learned(model, tiny_text_file, out, dimensions=dimensions, evaluations=16)
+
+
+@pytest.fixture(scope="module")
+def cost(run: Run) -> ByteCost:
+    cost = run.planner.space.cost
+    assert isinstance(cost, ByteCost)
+    return cost
+
+
+def plan(run: Run, **request: float | str) -> Plan:
+    (answer,) = run.plan([Request.from_dict(request)])
+    if isinstance(answer, UnicucoError):
+        raise answer
+    return answer
+
+
+def bits(answer: Plan, dimension: str) -> list[float]:
+    return [value for name, value in answer.strategy.settings if name.startswith(f"{dimension}/")]
+
+
+def coarsest_step(cost: ByteCost, answer: Plan, dimensions: tuple[str, ...], tokens: int) -> int:
+    """The most bytes that one step back of one axis takes, from where the answer is."""
+    values = list(answer.strategy.values)
+
+    def size() -> int:
+        return cost.num_bytes(values) + cost.kv_bytes(values, tokens)
+
+    steps, before = [], size()
+    for a, axis in enumerate(cost_axes(cost)):
+        if values[a] > 0 and axis.name.split("/")[0] in dimensions:
+            was = values[a]
+            values[a] = was - 1 / axis.num_steps
+            steps.append(size() - before)
+            values[a] = was
+    return min(steps)
+
+
+def cost_axes(cost: ByteCost) -> list[Any]:
+    return [a for d in cost.dimensions for a in d.axes(cost.profile, cost.granularity)]
+
+
+def test_stored_bytes_are_met_to_one_step_and_what_is_cut_has_so_many(
+    run: Run, cost: ByteCost, model: Path, tmp_path: Path
+) -> None:
+    dense = run.profile.total_bytes
+    for share in (0.9, 0.8, 0.7):
+        answer = plan(run, max_bytes=int(share * dense))
+        assert answer.served_as is ServedAs.QUANTISED
+        assert answer.num_bytes <= share * dense
+        assert answer.num_bytes + coarsest_step(cost, answer, ("weight_bits",), 0) > share * dense
+        assert answer.sparsity == 0  # stored zeros save nothing
+    prune(run, answer.request, tmp_path / "variant")
+    tensors = load_file(tmp_path / "variant" / "model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == answer.num_bytes
+    document = json.loads((tmp_path / "variant" / "strategy.json").read_text())
+    assert document["served_as"] == "quantised"
+    stored = document["precision"]["weight_bits"]
+    assert stored.keys() == {site.path for site in run.profile.sites}
+    assert min(stored.values()) < 16
+    report = evaluate_variant(tmp_path / "variant", reference=str(model), tokens=512)
+    assert report.kl is not None
+    assert report.kl > 0
+
+
+def test_total_bytes_count_weights_and_the_cache_of_the_context_and_batch(
+    run: Run, cost: ByteCost
+) -> None:
+    for context, batch in ((64, 1), (48, 40)):
+        tokens = context * batch
+        most = run.profile.total_bytes + cost.kv_bytes([0.0] * len(cost_axes(cost)), tokens)
+        budget = int(0.7 * most)
+        answer = plan(run, max_total_bytes=budget, context=context, batch=batch)
+        document = answer.to_dict()
+        assert answer.kv_bytes == cost.kv_bytes(answer.strategy.values, tokens)
+        assert document["total_bytes"] == answer.num_bytes + answer.kv_bytes <= budget
+        step = coarsest_step(cost, answer, ("weight_bits", "kv_bits"), tokens)
+        assert answer.num_bytes + answer.kv_bytes + step > budget
+    assert any(bits(answer, "kv_bits"))  # most of the bytes are the cache's here
+
+
+def test_packed_bytes_are_met_by_zeros_and_bits_together(run: Run) -> None:
+    for share in (0.85, 0.7, 0.6):
+        budget = int(share * run.profile.total_bytes)
+        answer = plan(run, max_packed_bytes=budget)
+        assert answer.packed_bytes is not None
+        assert budget - 1 <= answer.packed_bytes <= budget
+        assert not any(bits(answer, "kv_bits"))
+    assert any(bits(answer, "weight_bits"))
+    assert answer.sparsity > 0
+
+
+def test_zeros_alone_are_met_to_the_weight(run: Run) -> None:
+    answer = plan(run, sparsity=0.4)
+    sites = run.profile.num_site_weights
+    assert 0.4 <= answer.sparsity < 0.4 + 1 / sites
+    assert answer.num_bytes == run.profile.total_bytes
+    assert not any(bits(answer, "weight_bits"))
+
+
+def test_masks_come_first_and_their_zeros_stay_exact(run: Run, tmp_path: Path) -> None:
+    answer = prune(
+        run,
+        Request.from_dict({"max_packed_bytes": int(0.6 * run.profile.total_bytes)}),
+        tmp_path / "variant",
+    )
+    report = evaluate_variant(tmp_path / "variant", tokens=64)
+    assert report.sparsity >= answer.sparsity > 0  # rounding makes some more
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"max_bytes": 1000}, "max_bytes 1,000 can't be met; the nearest that can is"),
+        ({"max_total_bytes": 1000}, "max_total_bytes 1,000 can't be met"),
+        ({"max_packed_bytes": 10}, "max_packed_bytes 10 can't be met"),
+        ({"max_total_bytes": 10**9, "context": 65}, "context 65 is longer than this model's, 64"),
+        ({"sparsity": 0.2, "served_as": "mask"}, "learned fewer bits only"),
+    ],
+)
+def test_what_cannot_be_met_names_the_nearest(
+    run: Run, request_: dict[str, float | str], line: str
+) -> None:
+    with pytest.raises(InfeasibleRequestError, match=line) as caught:
+        plan(run, **request_)
+    if "served_as" not in request_:
+        name = next(iter(request_))
+        assert caught.value.nearest is not None
+        fixed = {**request_, name: caught.value.nearest}
+        if "context" in request_:
+            fixed = {**request_, "context": caught.value.nearest}
+        plan(run, **fixed)
+
+
+def test_quality_and_preference_are_answered_of_all_dimensions(run: Run) -> None:
+    assert plan(run, preference=0).kl.mean == 0
+    small = plan(run, preference=1)
+    assert small.packed_bytes is not None
+    assert small.packed_bytes < 0.75 * run.profile.total_bytes
+    answer = plan(run, max_kl=float(small.kl.hi95) / 2)
+    assert answer.kl.hi95 <= small.kl.hi95 / 2
+
+
+def test_bits_alone_know_no_zeros(model: Path, tiny_text_file: Path, tmp_path: Path) -> None:
+    run = learned(
+        model,
+        tiny_text_file,
+        tmp_path / "run",
+        dimensions=("weight_bits",),
+        granularity="block",
+        evaluations=8,
+    )
+    assert run.planner.space.num_axes == 2
+    assert plan(run, max_bytes=int(0.75 * run.profile.total_bytes)).kl.mean > 0
+    assert plan(run, sparsity=0).strategy.values == (0.0, 0.0)
+    with pytest.raises(InfeasibleRequestError, match="did not learn sparsity"):
+        plan(run, sparsity=0.3)
+    with pytest.raises(InfeasibleRequestError, match="context 100"):
+        plan(run, max_total_bytes=10**9, context=100)
+
+
+@pytest.mark.parametrize(
+    ("family", "dimensions", "line"),
+    [
+        ("gpt2", ("weight_bits",), "stores its matrices transposed"),
+        ("llama", ("weight_bits", "width"), "not learned together"),
+        ("llama", ("weight_bits", "weight_bits"), "different names"),
+        ("llama", ("bits",), "dimensions must be"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_anything_is(
+    family: str, dimensions: tuple[str, ...], line: str, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    folder = tiny_model_folder(tmp_path / family, family)
+    with pytest.raises(RequestError, match=line) as caught:
+        learned(folder, tiny_text_file, tmp_path / "run", dimensions=dimensions, evaluations=8)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
