@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks import (
     acceptance,
     bits,
+    bits_joint,
     cluster,
     predictions,
     quality,
@@ -22,6 +23,7 @@ def main() -> None:
     speed.main([])
     cluster.main([])
     bits.main([])
+    bits_joint.main([])
     shrink.main([])
     predictions.main([])
     serve.main([])

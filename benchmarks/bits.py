@@ -98,13 +98,15 @@ def _curve(
     """Pack at every KL; return size and test KL of each, and the chosen one's matrices."""
     plain = quantiser.model.apply(lambda matrix, weight: quantise_per_channel(weight))
     size = int8_bytes(folder, plain)
-    curve = [_point("plain INT8, coded", judge.kl(), size, _pack(folder, place / "plain", plain))]
+    curve = [
+        _point("plain INT8, coded", judge.kl(), size, pack_matrices(folder, place / "plain", plain))
+    ]
     chosen: dict[str, Int8Matrix] = {}
     for kl in _KLS:
         matrices, measured = quantiser.within(kl)
         file = place / ("packed" if kl == _CHOSEN else "other")
         name = f"aware, validation KL {measured:.4f}"
-        curve.append(_point(name, judge.kl(), size, _pack(folder, file, matrices)))
+        curve.append(_point(name, judge.kl(), size, pack_matrices(folder, file, matrices)))
         chosen = matrices if kl == _CHOSEN else chosen
     return curve, chosen
 
@@ -113,7 +115,7 @@ def _point(name: str, kl: float, int8: int, packed: int) -> dict[str, object]:
     return {"what": name, "test_kl": kl, "bytes": packed, "times_smaller_than_int8": int8 / packed}
 
 
-def _pack(
+def pack_matrices(
     folder: Path, file: Path, matrices: dict[str, Int8Matrix], link_mbps: float | None = None
 ) -> int:
     """Write a container; return its bytes without those of the small files."""
@@ -206,10 +208,10 @@ def _load_s(file: Path, mbps: float | None) -> float:
 
 def _loading(folder: Path, place: Path, matrices: dict[str, Int8Matrix]) -> list[Finding]:
     """Load the packed and the unpacked 8-bit model, over a link and from the disk's cache."""
-    _pack(folder, place / "unpacked", matrices, link_mbps=1e9)
+    pack_matrices(folder, place / "unpacked", matrices, link_mbps=1e9)
     disk = place.joinpath("unpacked").stat().st_size * 8e-6 / _read_s(place / "unpacked")
-    _pack(folder, place / "slow", matrices, link_mbps=_LINK_MBPS)
-    _pack(folder, place / "fast", matrices, link_mbps=disk)
+    pack_matrices(folder, place / "slow", matrices, link_mbps=_LINK_MBPS)
+    pack_matrices(folder, place / "fast", matrices, link_mbps=disk)
     runs: dict[str, list[float]] = {"slow": [], "link": [], "fast": [], "disk": []}
     for _ in range(_RUNS):
         runs["link"].append(_load_s(place / "unpacked", _LINK_MBPS))

@@ -54,6 +54,7 @@ class LearnConfig(BaseModel):
     threads: int = 1
     calibration: str | None = None
     calibration_sampling: str = "even"
+    rounding: str = "nearest"
     tasks: list[str] | None = None
     tokens: int = 3072
     context: int | None = None
@@ -112,6 +113,7 @@ class LearnConfig(BaseModel):
             shards=self.shards,
             calibration=None if self.calibration is None else Path(self.calibration),
             calibration_sampling=self.calibration_sampling,
+            rounding=self.rounding,
             tasks=parse_tasks(self.tasks or ()),
             tokens=self.tokens,
             context=self.context,

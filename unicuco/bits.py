@@ -110,8 +110,8 @@ def round_matrix(
         weight: ``o x i``, any float dtype.
         bits: 8 or 4.
         dtype: of the scales.
-        upper: ``i x i`` upper Cholesky factor of the inverse Hessian (`InverseFactor`), for GPTQ;
-            none: to the nearest.
+        upper: ``i x i`` upper Cholesky factor of the inverse Hessian, damped, for GPTQ; none: to
+            the nearest.
     """
     limit = LIMITS[bits]
     num_columns = weight.shape[1]
@@ -131,7 +131,7 @@ def round_matrix(
 def _sweep(weight: Tensor, scale: Tensor, limit: int, upper: Tensor, block: int = 128) -> Tensor:
     """Round column by column at ``o x i`` scales; what is zero stays zero. Codes as floats."""
     work, zero = weight.double().clone(), weight == 0
-    scale, codes = scale.double(), torch.zeros_like(weight)
+    scale, upper, codes = scale.double(), upper.double(), torch.zeros_like(weight)
     for start in range(0, work.shape[1], block):
         end = min(start + block, work.shape[1])
         part = work[:, start:end]  # a view: updates inside the block are seen at once

@@ -49,6 +49,14 @@ class LearnChoices:
             rich_help_panel=_METHOD,
         ),
     ] = "sparsity"
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--rounding",
+            help="Of weight_bits: nearest, or gptq, which makes up for each column's error.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "nearest"
     preset: Annotated[
         str,
         typer.Option("--preset", help="default, or paper as published.", rich_help_panel=_METHOD),

@@ -34,13 +34,15 @@ def pack_model(
     ranks: Mapping[str, Tensor],
     fisher: Mapping[str, Tensor],
     units: UnitStore | None = None,
+    factors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """Name a model's tensors, drop orders, Fisher sums and units as the arrays of an evaluator."""
+    """Name a model's tensors, drop orders, Fisher sums, units and GPTQ's factors as arrays."""
     named = {f"state/{name}": tensor for name, tensor in state.items()}
     named |= {f"rank/{path}": tensor for path, tensor in ranks.items()}
     named |= {f"fisher/{path}": tensor for path, tensor in fisher.items()}
     if units is not None:
         named |= units.tensors()
+    named |= {f"factor/{path}": tensor for path, tensor in (factors or {}).items()}
     return dict(map(_as_array, named.items()))
 
 

@@ -74,6 +74,9 @@ class LocalEvaluator:
             sites,
             levels=config.levels,
             units=UnitStore.from_tensors(tensors),
+            factors={
+                s.path: t for s in sites if (t := tensors.get(f"factor/{s.path}")) is not None
+            },
         )
         self._part_of = {path: p for p, part in enumerate(self._cost.parts) for path in part.sites}
         self._dropped: dict[str, int] = dict.fromkeys((site.path for site in sites), 0)

@@ -30,6 +30,7 @@ class SiteWeights:
         sites: which.
         levels: folder of the level database that sites are taken from instead of being cut; or "".
         units: which units of a part stay, where parts are narrowed.
+        factors: site path -> what GPTQ rounds by; others are rounded to the nearest.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class SiteWeights:
         *,
         levels: str = "",
         units: UnitStore | None = None,
+        factors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._units = units
+        self._factors = factors or {}
         self._dense = {site.path: oriented(dense[site.path], site) for site in sites}
         self._ranks = ranks
         self._fisher = fisher
@@ -105,7 +108,8 @@ class SiteWeights:
         if bits == 16:
             return
         matrix = oriented(target, site)
-        matrix.copy_(round_matrix(matrix, bits, scale_dtype(site)).dequantise())
+        upper = self._factors.get(site.path)
+        matrix.copy_(round_matrix(matrix, bits, scale_dtype(site), upper=upper).dequantise())
 
     def slope(self, site: Site, gradient: Tensor | None, num_dropped: int) -> float:
         """Return dKL/ds of a site whose first ``num_dropped`` weights are gone.

@@ -92,6 +92,7 @@ def write_variant(
     rows: RowRule | None = None,
     levels: LevelDatabase | None = None,
     units: UnitStore | None = None,
+    factors: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
 ) -> CheckpointRef:
     """Cut the plan's strategy and write the variant; it stands at ``out`` as a whole or not at all.
@@ -109,6 +110,7 @@ def write_variant(
             ``rows.json``. None: equally.
         levels: what sites are taken from instead of being cut by the ranks; knows no row rule.
         units: which units of a part stay, where the plan narrows parts.
+        factors: what GPTQ rounds each site by, where bits are fewer; none: to the nearest.
         overwrite: replace a variant that stands at ``out``.
 
     Raises:
@@ -133,7 +135,7 @@ def write_variant(
     cost = space.cost if isinstance(space.cost, ByteCost) else None
     with staged_folder(out, overwrite=overwrite) as stage:
         if cost is not None:
-            files = _write_bits(stage, folder, profile, cuts, cost, plan)
+            files = _write_bits(stage, folder, profile, cuts, cost, plan, factors)
         elif shrink is not None:
             files = write_shrunk(stage, shrink, ranks, units)
         else:
@@ -183,6 +185,7 @@ def _write_bits(
     cuts: Sequence[_SiteCut],
     cost: ByteCost,
     plan: Plan,
+    factors: Mapping[str, Tensor] | None,
 ) -> dict[str, str]:
     """Write cut and rounded weights and return file name -> sha256."""
     by_path = {site_cut.site.path: site_cut for site_cut in cuts}
@@ -193,6 +196,7 @@ def _write_bits(
         profile,
         {site.path: own for site, own in zip(profile.sites, bits, strict=True)},
         lambda site, weight: by_path[site.path].apply(weight),
+        factors,
     )
 
 

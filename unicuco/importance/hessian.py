@@ -8,17 +8,38 @@ Notation: N tokens, i input columns of a site.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from unicuco.calibration import TokenSet, watch_inputs
 from unicuco.errors import ModelError
+from unicuco.importance.sparsegpt import InverseFactor
 from unicuco.types import Site
 
 if TYPE_CHECKING:
     from unicuco.models import LoadedModel
+
+
+FACTORS: Final = "factors.safetensors"  # the file of a run folder
+
+
+def collect_factors(loaded: LoadedModel, tokens: TokenSet) -> dict[str, Tensor]:
+    """Return U of every site's damped Hessian, ``i x i`` float32 (`InverseFactor`), for GPTQ.
+
+    One pass per block, so that one block's Hessians are in memory; of all factors together that is
+    i² numbers of 4 bytes per site.
+
+    Raises:
+        ModelError: inputs are NaN, infinite or too large.
+    """
+    factors: dict[str, Tensor] = {}
+    for block in range(loaded.profile.num_blocks):
+        sites = [site for site in loaded.profile.sites if site.block == block]
+        for path, hessian in collect_hessians(loaded, sites, tokens).items():
+            factors[path] = InverseFactor.of(hessian).upper.float()
+    return factors
 
 
 @torch.no_grad()

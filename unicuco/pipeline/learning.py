@@ -23,6 +23,7 @@ from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RunError, StorageError, UnicucoError
 from unicuco.files import file_digest
+from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS
 from unicuco.levels import LevelDatabase
 from unicuco.pipeline.backend import Backend
@@ -364,6 +365,7 @@ def _write(
                 "surrogate.safetensors",
                 "fisher.safetensors",
                 UNITS,
+                FACTORS,
             )
             if (folder / name).is_file()
         },

@@ -25,6 +25,7 @@ ProgressSink = Callable[[Progress], None]
 # spends 110 on values (PAPERS.md, section 1b).
 DEFAULT_EVALUATIONS: Final = {"default": 27, "paper": 110}
 _UNITS_WITH_DERIVATIVES: Final = 3  # levels and shapes know values only: more of them, then
+ROUNDINGS: Final = ("nearest", "gptq")  # of weight_bits
 MIN_EVALUATIONS: Final = 4
 _TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -39,6 +40,7 @@ class LearnOptions:
     ``round_size`` strategies are asked before what they say is learned from (none: the preset's
     own): at most two rounds are under way, so more replicas want larger ones;
     ``context`` tokens per window (none: the model's own, at most 512);
+    ``rounding`` how weights get fewer bits: to the nearest, or by GPTQ;
     ``calibration_sampling`` how calibration windows are chosen from their text;
     ``tasks`` are names and texts that requests may weigh, each a share of every text, in place of
     ``calibration``; ``max_sparsity`` the highest sparsity over sites that is learned.
@@ -63,6 +65,7 @@ class LearnOptions:
     tokens: int = 3072
     context: int | None = None
     seed: int = 0
+    rounding: str = "nearest"
     resume: bool = False
     max_sparsity: float = 0.9
 
@@ -91,9 +94,12 @@ class LearnOptions:
         if self.shards > 1 and self.calibration_sampling != Sampling.EVEN:
             raise RequestError("clustered sampling embeds text by a whole model: shards must be 1")
         self._check_tasks()
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        if self.rounding != "nearest" and "weight_bits" not in self.dimensions:
+            raise RequestError("rounding is of weight_bits; add it to --dimensions")
         _at_least("evaluations", self.num_evaluations, MIN_EVALUATIONS)
         _at_least("round-size", 1 if self.round_size is None else self.round_size, 1)
-        if self.round_size is not None and (self.preset != "default" or self.shrinks):
+        if self.round_size is not None and (self.preset != "default" or not self.masks_only):
             raise RequestError(
                 "round-size is for preset default and the dimension sparsity; leave it out"
             )
@@ -167,6 +173,8 @@ class LearnOptions:
             chosen["calibration_sampling"] = sampling
         if self.round_size is not None:
             chosen["round_size"] = self.round_size
+        if self.rounding != "nearest":
+            chosen["rounding"] = self.rounding
         if self.tasks:
             chosen["tasks"] = list(self.task_names)
         return {

@@ -26,6 +26,7 @@ from unicuco.errors import RunError
 from unicuco.evaluate import EvaluatorConfig
 from unicuco.evaluate.arrays import Arrays, pack_model
 from unicuco.importance import METRICS
+from unicuco.importance.hessian import collect_factors
 from unicuco.importance.units import UnitStore, build_units
 from unicuco.models import LoadedModel, load_tokenizer
 from unicuco.pipeline import levelling
@@ -33,7 +34,7 @@ from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.dense import DenseModel, JudgeWindows, open_dense, pack_dense_text
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
-from unicuco.pipeline.shrinking import check_shapes, units_of
+from unicuco.pipeline.shrinking import check_shapes, factors_of, units_of
 from unicuco.pipeline.texts import (
     LearningSource,
     LearningTexts,
@@ -76,6 +77,7 @@ class Prepared:
     costs: tuple[Measurement, ...]
     levels: levelling.Levels | None = None
     units: UnitStore | None = None
+    factors: dict[str, Tensor] | None = None
 
     @property
     def loaded(self) -> LoadedModel:
@@ -89,7 +91,9 @@ class Prepared:
 
     def model_arrays(self) -> Arrays:
         """Return the model's arrays for evaluators."""
-        return pack_model(self.dense.state(), self.ranks.ranks, self.fisher, self.units)
+        return pack_model(
+            self.dense.state(), self.ranks.ranks, self.fisher, self.units, self.factors
+        )
 
     def text_arrays(self, text: TokenSet) -> Arrays:
         """Return a text's arrays for evaluators; runs the dense model once over it."""
@@ -215,6 +219,18 @@ def _prepare(
         ),
         progress,
     )
+    factors = factors_of(
+        options,
+        folder,
+        lambda: _counted(
+            lambda: collect_factors(loaded, texts.calibration),
+            "factors",
+            float(loaded.profile.num_blocks),
+            texts,
+            costs,
+        ),
+        progress,
+    )
     return Prepared(
         dense=dense,
         texts=texts,
@@ -225,6 +241,7 @@ def _prepare(
         costs=tuple(costs),
         levels=levels,
         units=units,
+        factors=factors,
         evaluator=EvaluatorConfig(
             model_config=loaded.model.config.to_json_string(),
             profile=loaded.profile,

@@ -37,6 +37,7 @@ def prune(run: Run, request: Request, out: Path) -> Plan:
         ranks=run.ranks,
         levels=run.levels,
         units=run.units,
+        factors=run.factors,
         space=run.planner.space,
         plan=answer,
         provenance={"run": run.digest, "seed": run.seed},

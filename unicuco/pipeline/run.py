@@ -12,9 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Tensor
+
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import ModelError, RunError, UnicucoError
 from unicuco.files import file_digest
+from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS, UnitStore
 from unicuco.levels import FOLDER as LEVELS
 from unicuco.levels import LevelDatabase
@@ -141,6 +144,13 @@ class Run:
         if "width" not in self.manifest["options"]["dimensions"]:
             return None
         return UnitStore.from_tensors(load_tensors(self.folder / UNITS))
+
+    @cached_property
+    def factors(self) -> dict[str, Tensor] | None:
+        """What GPTQ rounds by; none: rounding is to the nearest, or there are no bits."""
+        if self.manifest["options"].get("rounding", "nearest") == "nearest":
+            return None
+        return load_tensors(self.folder / FACTORS)
 
     @cached_property
     def base_folder(self) -> Path:

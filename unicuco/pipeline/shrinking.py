@@ -1,4 +1,4 @@
-"""What learning asks of a space with shapes before it measures anything."""
+"""What learning needs of spaces with shapes or bits before it measures anything."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from unicuco.dimensions import Granularity, build_space
 from unicuco.export.shrunk import ShrinkPlan
+from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS, UnitStore
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
@@ -56,3 +58,29 @@ def units_of(
     save_tensors(path, units.tensors())
     progress(Progress(stage="units", done=1, total=1))
     return units
+
+
+def factors_of(
+    options: LearnOptions,
+    folder: Path,
+    build: Callable[[], dict[str, Tensor]],
+    progress: ProgressSink,
+) -> dict[str, Tensor] | None:
+    """Build, or read back, what GPTQ rounds by; none where rounding is to the nearest.
+
+    Args:
+        options: of the run.
+        folder: the run folder, which exists.
+        build: makes them; counted by the caller.
+        progress: told of the stage.
+    """
+    if options.rounding == "nearest":
+        return None
+    path = folder / FACTORS
+    if options.resume and path.is_file():
+        return load_tensors(path)
+    progress(Progress(stage="factors", done=0, total=1))
+    factors = build()
+    save_tensors(path, factors)
+    progress(Progress(stage="factors", done=1, total=1))
+    return factors

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unicuco.bits import round_matrix
 from unicuco.dimensions import ByteCost
-from unicuco.errors import InfeasibleRequestError, RequestError, UnicucoError
+from unicuco.errors import InfeasibleRequestError, ModelError, RequestError, UnicucoError
+from unicuco.models import load_model, read_site
 from unicuco.pipeline import LearnOptions, LocalBackend, Run, evaluate_variant, learn, prune
 from unicuco.testing import tiny_model_folder
 from unicuco.types import Plan, Request, ServedAs
@@ -178,22 +180,46 @@ def test_quality_and_preference_are_answered_of_all_dimensions(run: Run) -> None
     assert answer.kl.hi95 <= small.kl.hi95 / 2
 
 
-def test_bits_alone_know_no_zeros(model: Path, tiny_text_file: Path, tmp_path: Path) -> None:
-    run = learned(
+@pytest.fixture(scope="module")
+def gptq_run(model: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of weight bits alone, rounded by GPTQ."""
+    return learned(
         model,
         tiny_text_file,
-        tmp_path / "run",
+        tmp_path_factory.mktemp("gptq") / "run",
         dimensions=("weight_bits",),
         granularity="block",
+        rounding="gptq",
         evaluations=8,
     )
-    assert run.planner.space.num_axes == 2
-    assert plan(run, max_bytes=int(0.75 * run.profile.total_bytes)).kl.mean > 0
-    assert plan(run, sparsity=0).strategy.values == (0.0, 0.0)
+
+
+def test_bits_alone_know_no_zeros(gptq_run: Run) -> None:
+    assert gptq_run.planner.space.num_axes == 2
+    assert plan(gptq_run, max_bytes=int(0.75 * gptq_run.profile.total_bytes)).kl.mean > 0
+    assert plan(gptq_run, sparsity=0).strategy.values == (0.0, 0.0)
     with pytest.raises(InfeasibleRequestError, match="did not learn sparsity"):
-        plan(run, sparsity=0.3)
+        plan(gptq_run, sparsity=0.3)
     with pytest.raises(InfeasibleRequestError, match="context 100"):
-        plan(run, max_total_bytes=10**9, context=100)
+        plan(gptq_run, max_total_bytes=10**9, context=100)
+
+
+def test_what_gptq_was_judged_as_is_what_is_written(
+    gptq_run: Run, model: Path, tmp_path: Path
+) -> None:
+    smallest = gptq_run.planner.space.kept_range()[0]
+    prune(gptq_run, Request.from_dict({"max_bytes": smallest}), tmp_path / "variant")
+    dense = load_model(model).model
+    variant = load_model(tmp_path / "variant", fewer_bits=True).model
+    assert gptq_run.factors is not None
+    moved = 0
+    for site in gptq_run.profile.sites:
+        weight, found = read_site(dense, site), read_site(variant, site)
+        upper = gptq_run.factors[site.path]
+        expected = round_matrix(weight, 4, torch.bfloat16, upper=upper).dequantise()
+        assert torch.equal(found, expected)
+        moved += not torch.equal(round_matrix(weight, 4, torch.bfloat16).dequantise(), expected)
+    assert moved == len(gptq_run.profile.sites)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +229,7 @@ def test_bits_alone_know_no_zeros(model: Path, tiny_text_file: Path, tmp_path: P
         ("llama", ("weight_bits", "width"), "not learned together"),
         ("llama", ("weight_bits", "weight_bits"), "different names"),
         ("llama", ("bits",), "dimensions must be"),
+        ("llama", ("kv_bits", "depth"), "not learned together"),
     ],
 )
 def test_what_cannot_be_learned_is_refused_before_anything_is(
@@ -213,3 +240,21 @@ def test_what_cannot_be_learned_is_refused_before_anything_is(
         learned(folder, tiny_text_file, tmp_path / "run", dimensions=dimensions, evaluations=8)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_rounding_is_known_and_of_weight_bits(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="rounding must be one of nearest, gptq"):
+        LearnOptions(model="reference", out=tmp_path, dimensions=("weight_bits",), rounding="up")
+    with pytest.raises(RequestError, match="rounding is of weight_bits"):
+        LearnOptions(model="reference", out=tmp_path, rounding="gptq")
+    with pytest.raises(RequestError, match="shards must be 1"):
+        LearnOptions(model="reference", out=tmp_path, dimensions=("kv_bits",), shards=2)
+
+
+def test_a_variant_of_fewer_bits_is_no_model_to_learn_from(
+    gptq_run: Run, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    smallest = gptq_run.planner.space.kept_range()[0]
+    prune(gptq_run, Request.from_dict({"max_bytes": smallest}), tmp_path / "variant")
+    with pytest.raises(ModelError, match="already quantised"):
+        learned(tmp_path / "variant", tiny_text_file, tmp_path / "run", evaluations=8)
