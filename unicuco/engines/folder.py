@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from unicuco.errors import EngineError
+from unicuco.errors import EngineError, RequestError
 from unicuco.export.document import DOCUMENT_NAME, read_variant
 from unicuco.export.header import read_header
 
@@ -53,7 +53,19 @@ class FolderFacts:
         """Return what an engine is told of number types, given what its user chose."""
         # vLLM's 4-bit product on a CPU knows bfloat16, and no float32.
         needed = "bfloat16" if "pack-quantized" in self.formats else None
-        return {"dtype": dtype or needed, "kv_cache_dtype": self.kv_cache_dtype}
+        return {
+            "dtype": dtype or needed,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "odd_matrix": self.odd_matrix,
+        }
+
+    @property
+    def odd_matrix(self) -> str | None:
+        """The first 4-bit matrix whose rows and columns are not all multiples of 32, or none."""
+        for name, _, shape in self.tensors:
+            if name.endswith(".weight_packed") and (shape[0] % 32 or shape[1] * 8 % 32):
+                return name.removesuffix(".weight_packed")
+        return None
 
     def replaced_by(self, other: FolderFacts) -> FolderFacts:
         """Return ``other`` if an engine that serves this folder can switch to it in place.
@@ -83,6 +95,23 @@ class FolderFacts:
         if self.tokenizer != other.tokenizer:
             return "the tokenizer differs"
         return None
+
+
+def check_bits(odd_matrix: str | None, *, on_cpu: bool) -> None:
+    """Refuse 4-bit weights that vLLM has no product for.
+
+    Args:
+        odd_matrix: as `FolderFacts` finds it.
+        on_cpu: whether the engine runs on a CPU.
+
+    Raises:
+        RequestError: there is one; says which bits can be run.
+    """
+    if odd_matrix is not None and on_cpu:
+        raise RequestError(
+            f"4 bits of {odd_matrix} can't be run on a CPU, where rows and columns must be "
+            "multiples of 32; 8 and 16 bits can: learn with --max-sparsity 0.4, or use transformers"
+        )
 
 
 def read_facts(folder: Path) -> FolderFacts:

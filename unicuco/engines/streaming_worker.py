@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from unicuco.engines.folder import check_bits
 from unicuco.engines.serve_lines import serve_streams
 from unicuco.engines.streaming import CANARY_TOKENS
 from unicuco.engines.vllm_plugin import register
@@ -63,6 +64,7 @@ class StreamingWorker:
         self._vllm = importlib.import_module("vllm")
         register()  # also where nothing is installed for vLLM to find it by
         platform = importlib.import_module("vllm.platforms").current_platform
+        check_bits(question["odd_matrix"], on_cpu=bool(platform.is_cpu()))
         arguments = importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs(
             model=question["folder"],
             max_model_len=question["context"] or _FIT_MEMORY,

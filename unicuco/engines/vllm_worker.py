@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from unicuco.engines.folder import check_bits
 from unicuco.engines.protocol import Sampling, check_prompt_lengths
 from unicuco.engines.serve_lines import serve_lines
 from unicuco.engines.vllm_plugin import register
@@ -48,6 +49,7 @@ class VllmWorker:
         register()  # also where nothing is installed for vLLM to find it by
         platform = importlib.import_module("vllm.platforms").current_platform
         on_cpu = bool(platform.is_cpu())
+        check_bits(question["odd_matrix"], on_cpu=on_cpu)
         self._llm = self._vllm.LLM(
             model=question["folder"],
             max_model_len=question["context"] or _FIT_MEMORY,

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from unicuco.engines import Sampling, VllmEngine, VllmOptions
-from unicuco.engines.folder import read_facts
+from unicuco.engines.folder import check_bits, read_facts
+from unicuco.errors import RequestError
 from unicuco.models import load_model, load_tokenizer
 from unicuco.models.kv_cache import RoundedCache
 from unicuco.testing.cases import make_evaluation_case
@@ -103,9 +104,10 @@ def test_engines_are_told_the_types_and_never_switch_fewer_bits_in_place(
     folders: dict[str, Path],
 ) -> None:
     mixed, cache = read_facts(folders["mixed"]), read_facts(folders["cache"])
-    assert mixed.engine_flags(None) == {"dtype": "bfloat16", "kv_cache_dtype": "auto"}
+    told = {"dtype": "bfloat16", "kv_cache_dtype": "auto", "odd_matrix": None}
+    assert mixed.engine_flags(None) == told
     assert mixed.engine_flags("float16")["dtype"] == "float16"
-    assert cache.engine_flags(None) == {"dtype": None, "kv_cache_dtype": "fp8"}
+    assert cache.engine_flags(None) == {"dtype": None, "kv_cache_dtype": "fp8", "odd_matrix": None}
     assert "arranged anew" in str(mixed.difference(mixed))
     assert "keys and values" in str(read_facts(folders["cache"].parent / "base").difference(cache))
     document = json.loads((folders["cache"] / "strategy.json").read_text())
@@ -113,3 +115,19 @@ def test_engines_are_told_the_types_and_never_switch_fewer_bits_in_place(
         "judged_bits": [8, 8],
         "engine_flag": {"kv_cache_dtype": "fp8"},
     }
+
+
+def test_bits_that_an_engine_cannot_run_are_refused_with_those_that_it_can(tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", hidden_size=48, num_heads=2, num_kv_heads=1)
+    case = make_evaluation_case(base, dimensions=("weight_bits",))
+    settings = {f"weight_bits/model.layers.0.{DOWN}": 1.0}
+    write_shrunk_case(case, settings, tmp_path / "variant")
+    odd = read_facts(tmp_path / "variant").odd_matrix
+    assert odd == f"model.layers.0.{DOWN}"
+    with pytest.raises(RequestError, match="8 and 16 bits can") as caught:
+        check_bits(odd, on_cpu=True)
+    assert "\n" not in str(caught.value)
+    check_bits(odd, on_cpu=False)
+    document = json.loads((tmp_path / "variant" / "strategy.json").read_text())
+    assert document["precision"]["runs_on"]["vllm_cpu"].startswith("no: 4 bits need multiples")
+    load_model(tmp_path / "variant", fewer_bits=True)  # transformers can
