@@ -29,7 +29,7 @@ LAYERS = [
     *("rows", "ranks", "levels", "pruners"),
     *("dimensions", "objectives", "allocate", "evaluate", "shards", "surrogate"),
     *("stratnet", "search", "store", "export", "plots", "packing", "engines", "pipeline"),
-    *("testing", "cli"),
+    *("testing", "failure", "cli"),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.jobs import joined, learning, rows
 from tests.ray_heads import actors, autoscaled_cluster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_run_without_nodes_gets_three_gives_them_back_and_asks_what_it_would_have_asked(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.jobs import EVALUATIONS, learning, rows
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on_when_it_does(

@@ -16,7 +16,7 @@ import pytest
 from tests.chaos.jobs import EVALUATIONS, Job, joined, learning, rows
 from tests.ray_heads import ROOT, Cluster, Node, actors, kill, ray_head
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_head_that_is_gone_is_one_line_and_the_run_goes_on_on_another(
 ) -> None:
     with bare_head() as cluster:
         cluster.start_node()
-        environment = joined(cluster) | {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
+        environment = joined(cluster) | {"RAY_gcs_rpc_server_reconnect_timeout_s": "12"}
         with learning(tmp_path, environment) as job:
             job.wait_for_rows(3)
             kill(cluster)
