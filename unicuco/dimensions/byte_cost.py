@@ -56,8 +56,10 @@ class ByteCost(ProductCost):
             [[kv_token_bytes(*heads, bits) for heads in profile.kv_heads] for bits in KV_BITS]
         )
         self._site_bytes = int(self._codes[0].sum())
-        judges_kv = any(dimension.name == "kv_bits" for dimension in dimensions)
-        self.kv_tokens = kv_tokens if kv_tokens is not None else self._usual() if judges_kv else 0
+        self._sites = torch.arange(len(profile.sites))
+        self._zero_axis, self._bits_axis, self._kv_axis = self._axes()
+        usual = 0 if self._kv_axis is None else self._usual()
+        self.kv_tokens = usual if kv_tokens is None else kv_tokens
         kv = self.kv_tokens * int(self._kv[0].sum())
         self.total_size = profile.total_bytes + kv
         self.site_size = self._site_bytes + kv
@@ -71,31 +73,32 @@ class ByteCost(ProductCost):
     @property
     def slack(self) -> float:
         """Bytes by which the relaxed size of a strategy may be less than the exact one."""
-        return 2.0 * len(self.profile.sites) if self._has("sparsity") else 0.0
+        return 0.0 if self._zero_axis is None else 2.0 * len(self._sites)
 
     def size(self, settings: Tensor) -> Tensor:
         """Return the relaxed size, ``b`` float64, of ``b x d`` settings."""
         settings = settings.double()
-        shares = self.shares(settings)
-        zeros = torch.zeros(len(settings), len(self.profile.sites), dtype=torch.float64)
-        for share in shares:
-            zeros = zeros if share.weights is None else self._weights * (1 - share.weights)
-        none = torch.zeros(1, dtype=torch.float64)
-        way = next((s.weight_bits for s in shares if s.weight_bits is not None), none[:, None])
-        sites = _between(way, [self._packed(zeros, k) for k in range(len(WEIGHT_BITS))])
-        kv_way = next((s.kv_bits for s in shares if s.kv_bits is not None), none[:, None])
-        kv = _between(kv_way, [row.expand(len(settings), -1) for row in self._kv])
-        return self._outside_bytes + sites.sum(1) + self.kv_tokens * kv.sum(1)
+        none = settings.new_zeros(len(settings), 1)
+        share = none if self._zero_axis is None else settings[:, self._zero_axis]
+        levels = [
+            self._packed(share, self._codes[k], self._scales[k]) for k in range(len(WEIGHT_BITS))
+        ]
+        way = none if self._bits_axis is None else settings[:, self._bits_axis]
+        size = self._outside_bytes + _between(way, levels).sum(1)
+        if self.kv_tokens:
+            way = none if self._kv_axis is None else settings[:, self._kv_axis]
+            size = size + self.kv_tokens * _between(way, list(self._kv)).sum(1)
+        return size
 
     def size_of(self, values: Sequence[float]) -> int:
         """Return the exact size of a strategy."""
-        return self.packed_bytes(values) + self.kv_bytes(values, self.kv_tokens)
+        kv = self.kv_bytes(values, self.kv_tokens) if self.kv_tokens else 0
+        return self.packed_bytes(values) + kv
 
     def num_bytes(self, values: Sequence[float]) -> int:
         """Return the tensor bytes of the variant's folder."""
         steps = self._steps(values)
-        sites = torch.arange(len(steps))
-        stored = self._codes[steps, sites] + self._scales[steps, sites]
+        stored = self._codes[steps, self._sites] + self._scales[steps, self._sites]
         return self._outside_bytes + int(stored.sum())
 
     def packed_bytes(self, values: Sequence[float]) -> int:
@@ -119,46 +122,56 @@ class ByteCost(ProductCost):
 
     def kv_bits(self, values: Sequence[float]) -> tuple[int, ...]:
         """Return the bits of what every block caches."""
-        for share in self.shares(torch.tensor([values], dtype=torch.float64)):
-            if share.kv_bits is not None:
-                steps = (share.kv_bits[0] * (len(KV_BITS) - 1)).round().long()
-                return tuple(KV_BITS[k] for k in steps.tolist())
-        return (KV_BITS[0],) * len(self.profile.kv_heads)
+        if self._kv_axis is None:
+            return (KV_BITS[0],) * len(self.profile.kv_heads)
+        last = len(KV_BITS) - 1
+        return tuple(KV_BITS[round(values[axis] * last)] for axis in self._kv_axis.tolist())
 
     def _steps(self, values: Sequence[float]) -> Tensor:
         """Return every site's position in `WEIGHT_BITS`."""
-        for share in self.shares(torch.tensor([values], dtype=torch.float64)):
-            if share.weight_bits is not None:
-                return (share.weight_bits[0] * (len(WEIGHT_BITS) - 1)).round().long()
-        return torch.zeros(len(self.profile.sites), dtype=torch.long)
+        if self._bits_axis is None:
+            return torch.zeros_like(self._sites)
+        own = torch.tensor(values, dtype=torch.float64)[self._bits_axis]
+        return (own * (len(WEIGHT_BITS) - 1)).round().long()
 
     def _packed_sites(self, values: Sequence[float]) -> Tensor:
+        """Return the whole bytes of every site, ``i``."""
         steps = self._steps(values)
-        zeros = torch.tensor(self.shape(values).zeroed, dtype=torch.float64)
-        packed = torch.stack([self._packed(zeros, k) for k in range(len(WEIGHT_BITS))])
-        return packed[steps, torch.arange(len(steps))].ceil()
+        share = torch.tensor(self.shape(values).zeroed, dtype=torch.float64) / self._weights
+        codes, scales = self._codes[steps, self._sites], self._scales[steps, self._sites]
+        return self._packed(share, codes, scales).ceil()
 
-    def _packed(self, zeros: Tensor, k: int) -> Tensor:
-        """Return ``... x i`` bytes of sites at the ``k``-th bits, ``zeros`` of their weights so."""
-        kept = self._codes[k] * (1 - zeros / self._weights) + self._weights / 8
-        return torch.minimum(kept, self._codes[k]) + self._scales[k]
+    def _packed(self, share: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        """Return ``... x i`` bytes of sites of which a ``share`` is zero."""
+        return torch.minimum(codes * (1 - share) + self._weights / 8, codes) + scales
+
+    def _axes(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the axis of every site's zeros and bits, and of every block's cache; or none.
+
+        Dimensions only pick their settings for each: of numbered axes they pick the numbers.
+        """
+        count = sum(len(part.axes(self.profile, self.granularity)) for part in self.dimensions)
+        zeros = bits = kv = None
+        for kept in self.shares(torch.arange(count, dtype=torch.float64)[None]):
+            if kept.weights is not None:
+                zeros = (1 - kept.weights[0]).round().long()
+            elif kept.weight_bits is not None:
+                bits = kept.weight_bits[0].long()
+            elif kept.kv_bits is not None:
+                kv = kept.kv_bits[0].long()
+        return zeros, bits, kv
 
     def _usual(self) -> int:
         context = self.profile.max_context
         each = context * int(self._kv[0].sum())
         return context * max(1, round(_KV_SHARE * self._site_bytes / each))
 
-    def _has(self, name: str) -> bool:
-        return any(dimension.name == name for dimension in self.dimensions)
-
 
 def _between(way: Tensor, levels: Sequence[Tensor]) -> Tensor:
     """Return ``b x n`` values on the way along levels of the same shape, linear between two."""
     position = way * (len(levels) - 1)
-    total = torch.zeros_like(levels[0])
-    for k, level in enumerate(levels):
-        total = total + (1 - (position - k).abs()).clamp(min=0) * level
-    return total
+    near = [(1 - (position - k).abs()).clamp(min=0) * level for k, level in enumerate(levels)]
+    return torch.stack(torch.broadcast_tensors(*near)).sum(0)
 
 
 def _table(rows: Sequence[Sequence[int]]) -> Tensor:
