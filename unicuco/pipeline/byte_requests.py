@@ -10,13 +10,16 @@ What a request counts decides which axes help it; the others stay at what change
 - ``sparsity`` and ``max_params``: zeros alone.
 
 The network answers with its decision at the target of equal share; what it says of the axes that
-move is projected onto the exact budget of their own space.
+move is projected onto the exact budget of their own space. Where zeros and bits both help,
+bits alone are projected too, and what is predicted to be better is the answer: few zeros don't pay.
 
-What it does not know: predictions, weights and files.
+What it does not know: weights and files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import torch
@@ -25,7 +28,7 @@ from unicuco.dimensions import ByteCost, build_space
 from unicuco.errors import InfeasibleRequestError
 from unicuco.space import StrategySpace
 from unicuco.stratnet import StratNetAllocator
-from unicuco.types import Request, Strategy, Target
+from unicuco.types import Prediction, Request, Strategy, Target
 
 _MOVED: Final = {
     Target.SPARSITY: ("sparsity",),
@@ -45,6 +48,7 @@ class ByteRequests:
         cost: of the space.
         allocator: its StratNet.
         share_range: of the sites' bytes that go, as learned.
+        predict: the KL of strategies.
     """
 
     def __init__(
@@ -53,11 +57,13 @@ class ByteRequests:
         cost: ByteCost,
         allocator: StratNetAllocator,
         share_range: tuple[float, float],
+        predict: Callable[[Sequence[Strategy]], list[Prediction]],
     ) -> None:
         self._space = space
         self._cost = cost
         self._allocator = allocator
         self._range = share_range
+        self._predict = predict
         self._parts: dict[tuple[tuple[str, ...], int], StrategySpace] = {}
 
     def moves(self, request: Request) -> bool:
@@ -75,6 +81,17 @@ class ByteRequests:
         tokens = kv_tokens(request, self._cost)
         if not names:
             return self._unmoved(request, tokens)
+        found = self._within(request, names, tokens)
+        if request.target is not Target.MAX_PACKED_BYTES or len(names) == 1:
+            return found
+        answers = [found]
+        with suppress(InfeasibleRequestError):  # bits alone may not get there
+            answers.append(self._within(request, ("weight_bits",), tokens))
+        means = [prediction.mean for prediction in self._predict(answers)]
+        return answers[means.index(min(means))]
+
+    def _within(self, request: Request, names: tuple[str, ...], tokens: int) -> Strategy:
+        """Return the strategy of a request that some dimensions alone meet."""
         part = self._part(names, tokens)
         if request.target is Target.SPARSITY:
             budget = part.kept_for_sparsity(request.value)

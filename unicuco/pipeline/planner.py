@@ -99,7 +99,7 @@ class Planner:
         cost = space.cost
         self._bytes = None
         if isinstance(cost, ByteCost):
-            self._bytes = ByteRequests(space, cost, allocator, sparsity_range)
+            self._bytes = ByteRequests(space, cost, allocator, sparsity_range, self.predict)
 
     def plan(self, requests: Sequence[Request]) -> list[Plan | UnicucoError]:
         """Answer every request; one that can't be met is answered by its error, at its place."""

@@ -118,12 +118,24 @@ def test_total_bytes_count_weights_and_the_cache_of_the_context_and_batch(
     assert any(bits(answer, "kv_bits"))  # most of the bytes are the cache's here
 
 
-def test_packed_bytes_are_met_by_zeros_and_bits_together(run: Run) -> None:
-    for share in (0.85, 0.7, 0.6):
-        budget = int(share * run.profile.total_bytes)
+def below_bits(run: Run) -> int:
+    """A packed size that bits alone don't reach."""
+    with pytest.raises(InfeasibleRequestError) as caught:
+        plan(run, max_bytes=1000)
+    assert caught.value.nearest is not None
+    return int(caught.value.nearest) - 1500
+
+
+def test_packed_bytes_are_met_by_zeros_and_bits_together(run: Run, cost: ByteCost) -> None:
+    dense = run.profile.total_bytes
+    for budget in (int(0.85 * dense), int(0.7 * dense), below_bits(run)):
         answer = plan(run, max_packed_bytes=budget)
         assert answer.packed_bytes is not None
-        assert budget - 1 <= answer.packed_bytes <= budget
+        if answer.sparsity:  # a weight is two bytes at most
+            assert budget - 1 <= answer.packed_bytes <= budget
+        else:
+            step = coarsest_step(cost, answer, ("weight_bits",), 0)
+            assert budget - step < answer.packed_bytes <= budget
         assert not any(bits(answer, "kv_bits"))
     assert any(bits(answer, "weight_bits"))
     assert answer.sparsity > 0
@@ -138,11 +150,8 @@ def test_zeros_alone_are_met_to_the_weight(run: Run) -> None:
 
 
 def test_masks_come_first_and_their_zeros_stay_exact(run: Run, tmp_path: Path) -> None:
-    answer = prune(
-        run,
-        Request.from_dict({"max_packed_bytes": int(0.6 * run.profile.total_bytes)}),
-        tmp_path / "variant",
-    )
+    request = Request.from_dict({"max_packed_bytes": below_bits(run)})
+    answer = prune(run, request, tmp_path / "variant")
     report = evaluate_variant(tmp_path / "variant", tokens=64)
     assert report.sparsity >= answer.sparsity > 0  # rounding makes some more
 
