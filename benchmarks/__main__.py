@@ -9,6 +9,7 @@ from benchmarks import (
     cluster,
     predictions,
     quality,
+    scale,
     serve,
     serve_models,
     shrink,
@@ -22,6 +23,7 @@ def main() -> None:
     quality.main([])
     speed.main([])
     cluster.main([])
+    scale.main([])
     bits.main([])
     bits_joint.main([])
     shrink.main([])

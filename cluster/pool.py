@@ -235,9 +235,13 @@ class RayPool:
 
     def _has_room(self, member: _Member, ask: Ask) -> bool:
         """Say whether a replica can take an ask; what saw one die gets a replica to itself."""
-        is_free = member.is_ready and len(member.asks) < member.replica.capacity
+        # Asked of every replica for every ask: what most of them answer comes first.
+        if not member.is_ready or len(member.asks) >= member.replica.capacity:
+            return False
+        if not member.asks:
+            return True
         suspects = any(self._deaths[own] for own in (ask, *member.asks))
-        return is_free and ask not in member.asks and not (suspects and member.asks)
+        return ask not in member.asks and not suspects
 
     def _settle(self, member: _Member, ask: Ask, outcome: Outcome) -> None:
         now = time.monotonic()

@@ -18,4 +18,4 @@ class Uniform:
 
     def allocate(self, sparsities: Sequence[float]) -> list[Strategy]:
         """Return one strategy per sparsity, all axes equal to within one weight."""
-        return [self._space.uniform(sparsity) for sparsity in sparsities]
+        return self._space.uniforms(sparsities)

@@ -68,14 +68,15 @@ class FrontSearch:
         context = AllocationContext(space=self._space, curves=self.config.axis_curves())
         uniform, fisher = Uniform(context), Fisher(context)
         low, high = self.config.sparsity_range
-        strategies = []
-        for number in range(first, first + self.round_size):
-            share, mix = _WARM_UP[number] if number < len(_WARM_UP) else _spread(number)
-            target = low + share * (high - low)
-            ends = self._space.encode([*uniform.allocate([target]), *fisher.allocate([target])])
-            point = ends[:1] + mix * (ends[1:] - ends[:1])
-            strategies += self._space.decode_exact(point, [self._space.kept_for_sparsity(target)])
-        return strategies
+        places = [
+            _WARM_UP[number] if number < len(_WARM_UP) else _spread(number)
+            for number in range(first, first + self.round_size)
+        ]
+        targets = [low + share * (high - low) for share, _ in places]
+        mixes = torch.tensor([mix for _, mix in places], dtype=torch.float64)[:, None]
+        start, end = (self._space.encode(one.allocate(targets)) for one in (uniform, fisher))
+        budgets = [self._space.kept_for_sparsity(target) for target in targets]
+        return self._space.decode_exact(start + mixes * (end - start), budgets)
 
     def _from_network(
         self, evaluations: list[tuple[Strategy, Evaluation]], round: int, first: int

@@ -149,8 +149,12 @@ class StrategySpace:
 
     def uniform(self, sparsity: float) -> Strategy:
         """Return the strategy nearest to equal settings on all axes at exactly this sparsity."""
-        middle = torch.full((1, self.num_axes), 0.5)
-        return self.decode_exact(middle, [self.kept_for_sparsity(sparsity)])[0]
+        return self.uniforms([sparsity])[0]
+
+    def uniforms(self, sparsities: Sequence[float]) -> list[Strategy]:
+        """Return what `uniform` does for each of many sparsities at once."""
+        middle = torch.full((len(sparsities), self.num_axes), 0.5)
+        return self.decode_exact(middle, [self.kept_for_sparsity(one) for one in sparsities])
 
     def project(self, unit: Tensor, kept: Tensor) -> Tensor:
         """Move unit points along the monotone path until their relaxed cost meets the budget.
