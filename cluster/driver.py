@@ -37,7 +37,7 @@ from cluster.actors import (
 from cluster.head import HeadWatch
 from cluster.learner import RaySearch
 from cluster.level_crew import LevelCrew
-from cluster.local_ray import connect, local_ray
+from cluster.local_ray import connected
 from cluster.metrics import RayMeter
 from cluster.pool import RayPool
 from cluster.replicas import ActorReplica, PipelineReplica, Replica
@@ -226,16 +226,11 @@ class RayBackend:
         self.close()
 
     def _connect(self, array_bytes: int) -> None:
-        if ray.is_initialized():
-            return
-        if self._address == "local":
-            self._stack.enter_context(local_ray(array_bytes))
-        else:
-            connect(address=self._address)
-            self._stack.callback(ray.shutdown)
-            if _internal_kv_initialized():  # type: ignore[no-untyped-call]  # no remote client
-                watch = HeadWatch(ray.get_runtime_context().gcs_address)
-                self._stack.callback(watch.stop)
+        joins = self._address != "local" and not ray.is_initialized()
+        self._stack.enter_context(connected(self._address, array_bytes))
+        if joins and _internal_kv_initialized():  # type: ignore[no-untyped-call]  # no remote client
+            watch = HeadWatch(ray.get_runtime_context().gcs_address)
+            self._stack.callback(watch.stop)
 
     def _cpu_share(self) -> float:
         """Return the CPUs that each replica, or each of its shards, asks of Ray.

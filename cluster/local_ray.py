@@ -57,6 +57,32 @@ def local_ray(array_bytes: int) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def connected(address: str, array_bytes: int) -> Iterator[None]:
+    """Have a Ray inside the block: one of one's own for "local", else the one at the address.
+
+    A process that is connected already keeps its connection.
+
+    Args:
+        address: "local", "auto" or "ray://HOST:PORT".
+        array_bytes: of the arrays that a Ray of one's own shall have room for.
+
+    Raises:
+        ClusterError: it can't be started, or there is none.
+    """
+    if ray.is_initialized():
+        yield
+    elif address == "local":
+        with local_ray(array_bytes):
+            yield
+    else:
+        connect(address=address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
 def _start(folder: str, object_bytes: int) -> None:
     # Ray gives its own processes 30 s to start; a machine that is busy and cold needs a second try.
     for attempt in range(_START_ATTEMPTS):

@@ -11,21 +11,17 @@ where the best strategy goes.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import ray
 from ray import tune
 
 from cluster.actors import Arrays, BuildEvaluator, build_local_evaluator
+from cluster.experiments import RecordedJudge, judged_folder, run_experiment, sharing
 from unicuco.errors import ClusterError
-from unicuco.pipeline.files import save_json
 from unicuco.search.optspa import NUM_TRIALS, bins_strategy, distributions
 from unicuco.search.request import RequestConfig
 from unicuco.types import Strategy
@@ -62,22 +58,14 @@ class _Trial(tune.Trainable):
     def setup(
         self, config: dict[str, float], *, build: Any = None, settings: Any = None, data: Any = None
     ) -> None:
-        evaluator_config, self._request, self._judged = settings
-        self._evaluator = build(evaluator_config, data)
+        evaluator_config, self._request, folder = settings
+        self._judge = RecordedJudge(build(evaluator_config, data), folder)
         self._offsets = config
 
     def step(self) -> dict[str, Any]:
         offsets = tuple(self._offsets[name] for name in distributions())
         strategy = bins_strategy(self._request, offsets)
-        return {_METRIC: self._kl(strategy), "strategy_key": strategy.key, "done": True}
-
-    def _kl(self, strategy: Strategy) -> float:
-        record = self._judged / f"{strategy.key}.json"
-        if record.exists():
-            return float(json.loads(record.read_text())[_METRIC])
-        outcome = self._evaluator.evaluate(strategy, tokens=None, derivatives=False)
-        save_json(record, {_METRIC: outcome.kl})
-        return float(outcome.kl)
+        return {_METRIC: self._judge.kl(strategy), "strategy_key": strategy.key, "done": True}
 
     def reset_config(self, new_config: dict[str, float]) -> bool:
         self._offsets = new_config
@@ -118,52 +106,21 @@ def tune_optspa(
     Raises:
         ClusterError: no trial succeeded.
     """
-    # Tune would otherwise install its own loggers and reporters for TensorBoard and the terminal.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    judged = folder.absolute() / "judged"
-    judged.mkdir(parents=True, exist_ok=True)
-    cpus = ray.cluster_resources().get("CPU", 1.0)  # type: ignore[no-untyped-call]
-    trainable = tune.with_resources(
+    judged = judged_folder(folder)
+    trainable = sharing(
         tune.with_parameters(
             _Trial, build=build_evaluator, settings=(evaluator, request, judged), data=dict(arrays)
         ),
-        {"cpu": min(1.0, math.floor(1000 * cpus / at_once) / 1000)},
+        at_once,
     )
     results: list[tune.Result] = []
     for part in range(_MAX_PARTS):
         path = folder.absolute() / f"part-{part}"
         options = _tune_config(request.seed + part, trials - len(results), at_once)
-        results += _fit(trainable, path, options)
+        results += run_experiment(trainable, path, options)
         if len(results) >= trials:
             break
     return _report(results, request)
-
-
-# Any: a trainable with its resources and parameters
-def _fit(trainable: Any, path: Path, options: tune.TuneConfig) -> list[tune.Result]:
-    """Begin an experiment in ``path``, or go on with the one that is there."""
-    if not _is_whole(path):
-        shutil.rmtree(path)  # Tune would begin anew, with the sampler where it was
-    if tune.Tuner.can_restore(str(path)):
-        tuner = tune.Tuner.restore(str(path), trainable=trainable, restart_errored=True)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=options,
-            run_config=tune.RunConfig(name=path.name, storage_path=str(path.parent), verbose=0),
-        )
-    grid = tuner.fit()
-    return [grid[index] for index in range(len(grid))]
-
-
-def _is_whole(path: Path) -> bool:
-    """Say whether Tune's snapshots in ``path``, if there are any, can be read."""
-    for snapshot in path.glob("experiment_state-*.json"):
-        try:
-            json.loads(snapshot.read_text())
-        except ValueError:
-            return False
-    return True
 
 
 def _tune_config(seed: int, trials: int, at_once: int) -> tune.TuneConfig:

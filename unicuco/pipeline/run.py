@@ -209,8 +209,10 @@ class Run:
         kind = _KINDS[options["preset"]]
         if kind is NetKind.SIZE and space.has_shapes:
             kind = NetKind.SHAPE
-        net = StratNet(kind, space.num_axes, seed=0, num_tasks=len(self.tasks))
-        net.load_state_dict(load_tensors(self.folder / "stratnet.safetensors"))
+        state = load_tensors(self.folder / "stratnet.safetensors")
+        hidden = len(state["layers.0.bias"])
+        net = StratNet(kind, space.num_axes, seed=0, num_tasks=len(self.tasks), hidden=hidden)
+        net.load_state_dict(state)
         return Planner(
             space=space,
             allocator=StratNetAllocator(net, space),

@@ -32,7 +32,6 @@ _GOLDEN: Final = 0.6180339887498949  # multiples modulo 1 spread evenly, however
 # rounds.
 _WARM_UP: Final = ((0.45, 0.5), (0.85, 0.35), (0.65, 0.7), (0.25, 0.9), (0.75, 0.15), (0.55, 0.0))
 _FROM: Final = 0.3  # share of the learned range where asking begins: below, all is nearly additive
-CAUTION: Final = 1.0  # standard deviations added to the mean while the network trains
 
 
 class FrontSearch:
@@ -129,11 +128,11 @@ def learn_front(
         config.surrogate, config.axis_curves() if config.surrogate.curves else None
     )
     surrogate.fit(observe(space, evaluations))
-    net = StratNet(NetKind.SIZE, space.num_axes, seed=seed)
+    net = StratNet(NetKind.SIZE, space.num_axes, seed=seed, hidden=config.training.hidden)
 
     def judge(points: Tensor) -> Tensor:
         mean, std = surrogate.posterior(points)
-        return mean + CAUTION * std
+        return mean + config.training.caution * std
 
     train_on_sizes(net, space, judge, config.sparsity_range, config.training, seed=seed)
     return surrogate, net
@@ -150,11 +149,17 @@ def _learn_tasks(
         own = [(strategy, _as_task(e, number)) for strategy, e in evaluations]
         processes[task].fit(observe(space, own))
     surrogates = TaskSurrogates(processes)
-    net = StratNet(NetKind.SIZE, space.num_axes, seed=seed, num_tasks=len(processes))
+    net = StratNet(
+        NetKind.SIZE,
+        space.num_axes,
+        seed=seed,
+        num_tasks=len(processes),
+        hidden=config.training.hidden,
+    )
 
     def judge(points: Tensor, weights: Tensor) -> Tensor:
         mean, std = surrogates.weighted(points, weights)
-        return mean + CAUTION * std
+        return mean + config.training.caution * std
 
     train_on_tasks(
         net, space, judge, config.sparsity_range, config.training,

@@ -76,13 +76,22 @@ class StratNet(nn.Module):
         num_axes: d.
         seed: of the initial weights.
         num_tasks: of a size network that also sees a weighting of several tasks; else 0.
+        hidden: units of each hidden layer; none: as many as the kind usually has.
     """
 
-    def __init__(self, kind: NetKind, num_axes: int, *, seed: int, num_tasks: int = 0) -> None:
+    def __init__(
+        self,
+        kind: NetKind,
+        num_axes: int,
+        *,
+        seed: int,
+        num_tasks: int = 0,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.num_tasks = num_tasks
-        hidden = _HIDDEN[kind]
+        hidden = hidden or _HIDDEN[kind]
         self.layers = nn.Sequential(
             nn.Linear(_NUM_FEATURES[kind] + num_tasks, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU(),

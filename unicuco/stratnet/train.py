@@ -24,11 +24,18 @@ WeightedJudge = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """Adam for ``steps`` steps of ``batch`` targets, the rate falling to a tenth by cosine."""
+    """Adam for ``steps`` steps of ``batch`` targets, the rate falling to a tenth by cosine.
+
+    ``hidden`` are the units of each hidden layer of the network (none: as usual); ``caution`` is
+    how many deviations of the surrogate are added to its mean, so that answers stay near what was
+    measured.
+    """
 
     steps: int = 100
     batch: int = 16
     learning_rate: float = 0.02
+    hidden: int | None = None
+    caution: float = 1.0
 
 
 def train_on_sizes(

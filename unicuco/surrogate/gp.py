@@ -40,11 +40,7 @@ from unicuco.surrogate.kernel import DirectionalMatern, as_rows
 from unicuco.surrogate.mean import EPSILON, CurveMean
 
 _LOG = logging.getLogger(__name__)
-# Standard deviations. An evaluation is exact on its text, so the noise of a value only stands for
-# wrinkles that no smooth surface should follow; that of a rank-window derivative for its own error,
-# a share of itself and of the evaluation's typical derivative (DESIGN.md section 8, finding 2).
-_VALUE_NOISE: Final = 0.03
-_DERIVATIVE_NOISE: Final = 0.15
+# Of the noise of a derivative, as a share of the evaluation's typical one.
 _DERIVATIVE_FLOOR: Final = 0.1
 _MIN_VARIANCE: Final = 1e-6  # of a derivative of nothing, so that the covariance can be factored
 _TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fifth of a log unit
@@ -61,12 +57,17 @@ class SurrogateOptions:
 
     ``curves``: use the axis curves as the mean function (else a constant). ``directions``:
     directional derivatives per evaluation that enter the process (0: values only). ``steps``:
-    iterations of the hyperparameter fit.
+    iterations of the hyperparameter fit. ``value_noise`` and ``derivative_noise`` are standard
+    deviations: an evaluation is exact on its text, so that of a value (of log KL) only stands for
+    wrinkles that no smooth surface should follow; that of a rank-window derivative, a share of
+    itself, for its own error (DESIGN.md section 8, finding 2).
     """
 
     curves: bool = True
     directions: int = 8
     steps: int = 40
+    value_noise: float = 0.03
+    derivative_noise: float = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,13 +254,14 @@ class GaussianProcess:
         """Return value rows, and derivative rows along ``count`` directions per evaluation."""
         values = observations.values - self._mean_values(observations.points)
         rows, targets = [as_rows(observations.points)], [values]
-        noise = [torch.full_like(values, _VALUE_NOISE)]
+        noise = [torch.full_like(values, self.options.value_noise)]
         if count:
             points = observations.points[observations.measured]
             whole = observations.derivatives[observations.measured]
             left_over = whole if self.mean_ is None else whole - self.mean_.gradients(points)
             typical = whole.square().mean(1, keepdim=True).sqrt()
-            spread = _DERIVATIVE_NOISE * whole.abs() + _DERIVATIVE_FLOOR * typical  # (n, d)
+            share = self.options.derivative_noise
+            spread = share * whole.abs() + _DERIVATIVE_FLOOR * typical  # (n, d)
             for direction in _directions(len(whole), whole.shape[1], count):
                 rows.append(as_rows(points, direction))
                 targets.append((left_over * direction).sum(-1))
