@@ -74,8 +74,10 @@ def run_experiment(
         options: how it searches.
         space: what it searches, where its searcher doesn't know by itself.
     """
-    # Tune would otherwise install its own loggers and reporters for TensorBoard and the terminal.
+    # Tune would otherwise install its own loggers and reporters for TensorBoard and the terminal;
+    # only the older of its two outputs can be silent.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     if not _is_whole(path):
         shutil.rmtree(path)  # Tune would begin anew, with the sampler where it was
     if tune.Tuner.can_restore(str(path)):

@@ -30,7 +30,8 @@ def test_a_run_is_tuned_and_one_line_says_what_for(
     words = [str(tiny_run), "--out", str(tmp_path), "--calibration", str(tiny_text_file)]
     assert main([*words, "--trials", "3", "--address", "auto"]) == 0
     printed = capsys.readouterr()
-    (line,) = [one for one in printed.out.splitlines() if one.startswith("tuned against default: ")]
+    (line,) = printed.out.splitlines()
+    assert line.startswith("tuned against default: ")
     report = json.loads((tmp_path / "tuned.json").read_text())
     assert f"{100 * report['gain']:+.1f}% hypervolume" in line
     assert report["gain"] == pytest.approx(report["tuned"] / report["default"] - 1)
