@@ -154,6 +154,8 @@ class RayPool:
             look_at = time.monotonic() + _LOOK_EVERY_S
             while not self._is_closed:
                 self._take_event(max(0.0, look_at - time.monotonic()))
+                for _ in range(self._events.qsize()):  # of many replicas many at once
+                    self._take_event(0.0)
                 if time.monotonic() >= look_at:
                     self._look(time.monotonic())
                     look_at = time.monotonic() + _LOOK_EVERY_S
@@ -220,18 +222,24 @@ class RayPool:
         self._late = [ask for ask in self._late if ask in self._open and not self._gave(ask)]
         while self._waiting and self._gave(self._waiting[0]):
             self._waiting.popleft()
+        if not self._waiting or len(self._members) == self._num_replicas:
+            return
         coming = sum(m.replica.capacity for m in self._members if not m.is_ready)
         while len(self._waiting) > coming and len(self._members) < self._num_replicas:
             coming += self._add().replica.capacity
 
     def _gave(self, ask: Ask) -> bool:
         """Give an ask to the emptiest replica; say whether any had room."""
-        free = [member for member in self._members if self._has_room(member, ask)]
-        if free:
-            member = min(free, key=lambda member: len(member.asks))
+        member: _Member | None = None
+        for one in self._members:
+            if self._has_room(one, ask) and (member is None or len(one.asks) < len(member.asks)):
+                member = one
+                if not one.asks:
+                    break
+        if member is not None:
             member.asks[ask] = time.monotonic()
             self._watch(member, ask, member.replica.evaluate(ask))
-        return bool(free)
+        return member is not None
 
     def _has_room(self, member: _Member, ask: Ask) -> bool:
         """Say whether a replica can take an ask; what saw one die gets a replica to itself."""

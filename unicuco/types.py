@@ -292,6 +292,9 @@ class Strategy:
         text = json.dumps(self.settings, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # kept; that of all settings would be reckoned anew every time
+
     @property
     def values(self) -> tuple[float, ...]:
         """The settings' values in axis order."""
