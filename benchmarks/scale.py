@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--replicas", type=int, default=200, help="Simulated, of the driver.")
     parser.add_argument("--seconds", type=float, default=0.4, help="Of their evaluations.")
     parser.add_argument("--evaluations", type=int, default=4000)
-    parser.add_argument("--round-size", type=int, default=800, help="Of the driver's search.")
+    parser.add_argument("--round-size", type=int, default=1000, help="Of the driver's search.")
     values = parser.parse_args(arguments)
     torch.set_num_threads(1)
     bench = Bench(values.model, test_tokens=512)
