@@ -344,7 +344,7 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(learn_tiny: Learn, tmp_p
         ({"dimensions": ("sparcity",)}, "dimensions must be one of"),
         ({"dimensions": ("sparsity", "sparsity")}, "different names"),
         ({"dimensions": ("sparsity", "depth"), "pruner": "sparsegpt"}, "sparsity alone"),
-        ({"shards": 2, "dimensions": ("depth",)}, "smaller shapes: shards must be 1"),
+        ({"shards": 2, "dimensions": ("depth",)}, "no shapes or bits: shards must be 1"),
         ({"shards": 0}, "shards must be at least 1"),
         ({"shards": 2, "pruner": "sparsegpt"}, "levels of whole models: shards must be 1"),
         ({"shards": 2, "calibration_sampling": "clustered"}, "whole model: shards must be 1"),
