@@ -15,7 +15,7 @@ from typing import Final, Protocol, runtime_checkable
 from unicuco.errors import RequestError
 
 CANARY_PROMPT: Final = "def main(argument):\n    import os\n    return"
-CANARY_TOKENS: Final = 8
+CANARY_TOKENS: Final = 4  # that weights are right is not theirs to show: memory is compared
 MOST_STOPS: Final = 4
 
 
