@@ -7,6 +7,8 @@ import pytest
 
 from unicuco.testing import tiny_model_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

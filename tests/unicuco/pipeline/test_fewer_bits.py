@@ -16,6 +16,8 @@ from unicuco.pipeline import LearnOptions, LocalBackend, Run, evaluate_variant, 
 from unicuco.testing import tiny_model_folder
 from unicuco.types import Plan, Request, ServedAs
 
+pytestmark = pytest.mark.slow
+
 
 def learned(model: Path, text: Path, out: Path, **changes: Any) -> Run:
     options = LearnOptions(
