@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,8 +29,9 @@ from cluster.actors import Arrays, BuildEvaluator, build_local_evaluator
 from cluster.experiments import RecordedJudge, judged_folder, run_experiment, sharing
 from cluster.local_ray import connected
 from unicuco.calibration import TokenSet
-from unicuco.errors import ClusterError, RequestError, UnicucoError
+from unicuco.errors import ClusterError, RequestError
 from unicuco.evaluate import EvaluatorConfig
+from unicuco.failure import describe_failure
 from unicuco.pipeline import LearnOptions, Run
 from unicuco.pipeline.files import save_json
 from unicuco.pipeline.preparation import Prepared, prepare
@@ -312,12 +314,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=2, help="Trials side by side.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--address", default="local", help="local, auto or ray://HOST:PORT.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     values = parser.parse_args(arguments)
     try:
         return _tuned(values)
-    except UnicucoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        if values.debug:
+            traceback.print_exc()
+        failure = describe_failure(error)
+        print(failure.line, file=sys.stderr)
+        return failure.exit_code
 
 
 def _tuned(values: argparse.Namespace) -> int:

@@ -2,8 +2,8 @@
 
 Serve's own policy looks at requests under way, of which cutting has none, and waits half a minute
 before it scales up. `QueuePolicy` is the hook that Serve calls in its controller; what it decides
-by are `replicas_for` and `Burst`, which know neither clock nor cluster. What this module does not
-know: the database.
+by are `replicas_for` and `replicas_now`, which know neither clock nor cluster. What this module
+does not know: the database.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ class Burst:
     began_s: float
     most: int
 
-    @staticmethod
-    def decide(
-        burst: Burst | None, *, wanted: int, present: int, now_s: float
-    ) -> tuple[int, Burst | None]:
-        """Return how many replicas there should be now, and what to remember.
 
-        Args:
-            burst: what was remembered.
-            wanted: see `replicas_for`.
-            present: replicas that there should be so far.
-            now_s: seconds of a clock.
-        """
-        if wanted > present:
-            began_s, most = (now_s, 0) if burst is None else (burst.began_s, burst.most)
-            now = Burst(began_s=began_s, most=max(most, wanted))
-            return (now.most, None) if now_s - began_s >= _HOLD_S else (present, now)
-        if burst is not None and now_s - burst.began_s >= _NOTABLE_S:
-            return max(burst.most, wanted), None
-        return wanted, None
+def replicas_now(
+    burst: Burst | None, *, wanted: int, present: int, now_s: float
+) -> tuple[int, Burst | None]:
+    """Return how many replicas there should be now, and what to remember.
+
+    Args:
+        burst: what was remembered.
+        wanted: see `replicas_for`.
+        present: replicas that there should be so far.
+        now_s: seconds of a clock.
+    """
+    if wanted > present:
+        began_s, most = (now_s, 0) if burst is None else (burst.began_s, burst.most)
+        now = Burst(began_s=began_s, most=max(most, wanted))
+        return (now.most, None) if now_s - began_s >= _HOLD_S else (present, now)
+    if burst is not None and now_s - burst.began_s >= _NOTABLE_S:
+        return max(burst.most, wanted), None
+    return wanted, None
 
 
 def is_worth_warming(
@@ -122,7 +122,7 @@ class QueuePolicy:
             lowest=context.capacity_adjusted_min_replicas,
             highest=context.capacity_adjusted_max_replicas,
         )
-        replicas, burst = Burst.decide(
+        replicas, burst = replicas_now(
             context.policy_state.get(_STATE),
             wanted=wanted,
             present=context.target_num_replicas,

@@ -33,6 +33,7 @@ KV_BITS: Final = (16, 8, 6, 4)
 GROUP: Final = 128
 LIMITS: Final = {8: 127, 6: 31, 4: 7}  # symmetric: the lowest code is left out
 _MIN_GROUP: Final = 8  # smaller groups would be mostly scales: then one per row
+_BLOCK_COLUMNS: Final = 128  # whose errors reach the columns behind them in one product
 _PER_WORD: Final = 8  # 4-bit codes in 32 bits
 _SHAPE_BYTES: Final = 16  # two 64-bit numbers beside every packed matrix
 _KV_SCALE_BYTES: Final = 2
@@ -124,22 +125,34 @@ def round_matrix(
     if upper is None:
         codes = (groups / scales.float()[:, :, None]).round().clamp(-limit, limit).flatten(1)
     else:
-        codes = _sweep(work, scales.float().repeat_interleave(size, 1), limit, upper)
+        steps = scales.float().repeat_interleave(size, 1)
+        codes = round_columns(work, steps, limit, upper, work == 0)
     return IntegerMatrix(codes.to(torch.int8), scales)
 
 
-def _sweep(weight: Tensor, scale: Tensor, limit: int, upper: Tensor, block: int = 128) -> Tensor:
-    """Round column by column at ``o x i`` scales; what is zero stays zero. Codes as floats."""
-    work, zero = weight.double().clone(), weight == 0
-    scale, upper, codes = scale.double(), upper.double(), torch.zeros_like(weight)
-    for start in range(0, work.shape[1], block):
-        end = min(start + block, work.shape[1])
+def round_columns(
+    weight: Tensor, scale: Tensor, limit: int, upper: Tensor, zero: Tensor | None
+) -> Tensor:
+    """Round column by column, each error made up for to its right; return ``o x i`` float64 codes.
+
+    Args:
+        weight: ``o x i``, any float dtype.
+        scale: ``o x i`` steps, > 0.
+        limit: codes lie in [-limit, limit].
+        upper: ``i x i`` upper Cholesky factor of the damped inverse Hessian.
+        zero: ``o x i``, True where a code is 0 whatever the weight; none: nowhere.
+    """
+    work = weight.to(torch.float64, copy=True)
+    scale, upper, codes = scale.double(), upper.double(), torch.zeros_like(work)
+    for start in range(0, work.shape[1], _BLOCK_COLUMNS):
+        end = min(start + _BLOCK_COLUMNS, work.shape[1])
         part = work[:, start:end]  # a view: updates inside the block are seen at once
         errors = torch.zeros_like(part)
         for k in range(end - start):
             column = start + k
             code = (part[:, k] / scale[:, column]).round().clamp(-limit, limit)
-            code = code.masked_fill(zero[:, column], 0.0)
+            if zero is not None:
+                code = code.masked_fill(zero[:, column], 0.0)
             codes[:, column] = code
             errors[:, k] = (part[:, k] - code * scale[:, column]) / upper[column, column]
             part[:, k:] -= torch.outer(errors[:, k], upper[column, column:end])
@@ -180,7 +193,7 @@ def round_vectors(x: Tensor, bits: int) -> Tensor:
 def pack_vectors(x: Tensor, bits: int) -> bytes:
     """Return ``... x n`` vectors as a cache of so many bits stores them: codes, then scales."""
     if bits == 16:
-        return bytes(x.contiguous().to(torch.bfloat16).view(torch.uint8).flatten().tolist())
+        return x.contiguous().to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
     codes, scales = _vector_codes(x, bits)
     unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).numpy()
     planes = np.unpackbits(unsigned[..., None], axis=-1)[..., 8 - bits :]

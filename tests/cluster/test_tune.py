@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.tune import DEFAULTS, SPARSITIES, Halves, configured, main
+from tests.cluster.killed import run_and_kill
 from unicuco.errors import RequestError
 from unicuco.evaluate import LocalEvaluator
 from unicuco.search.hypervolume import quality_volume
@@ -109,19 +109,8 @@ def test_an_experiment_that_is_killed_in_the_middle_is_restored_and_nothing_is_j
     tiny_run: Path, tiny_text_file: Path, tmp_path: Path
 ) -> None:
     notes, folder = tmp_path / "notes", tmp_path / "tuning"
-    notes.touch()
     words = [sys.executable, "-c", _DRIVER, str(tiny_run), str(tiny_text_file), str(folder)]
-    environment = os.environ | {
-        _NOTES: str(notes),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "TUNE_GLOBAL_CHECKPOINT_S": "0",
-    }
-    first = subprocess.Popen(words, env=environment, start_new_session=True)
-    while len(notes.read_text().splitlines()) < 4:
-        assert first.poll() is None
-        time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    environment = run_and_kill(words, notes, _NOTES, after=4)
     # Workers of the killed Ray end by themselves; what they still judge is noted until then.
     judged = {path.stem for path in (folder / "judged").glob("*.json")}
     cut = len(notes.read_text().splitlines())

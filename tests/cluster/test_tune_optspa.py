@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.tune_optspa import tune_optspa
+from tests.cluster.killed import run_and_kill
 from unicuco.dimensions import Granularity
 from unicuco.errors import ClusterError
 from unicuco.evaluate import LocalEvaluator
@@ -104,19 +104,8 @@ def test_a_killed_experiment_goes_on_and_what_was_finished_is_not_judged_again(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     notes, folder = tmp_path / "notes", tmp_path / "experiment"
-    notes.touch()
     words = [sys.executable, "-c", _DRIVER, str(tiny_llama), str(folder)]
-    environment = os.environ | {
-        _NOTES: str(notes),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "TUNE_GLOBAL_CHECKPOINT_S": "0",
-    }
-    first = subprocess.Popen(words, env=environment, start_new_session=True)
-    while len(notes.read_text().splitlines()) < 5:
-        assert first.poll() is None
-        time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    environment = run_and_kill(words, notes, _NOTES, after=5)
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     trials, different = map(int, done.stdout.split()[-2:])

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from serve.scaling import (
     QUEUE_METRIC,
-    Burst,
     QueuePolicy,
     is_worth_warming,
     newest,
     replicas_for,
+    replicas_now,
 )
 
 
@@ -67,9 +67,8 @@ def decisions(queue: list[int], *, every_s: float = 0.5, present: int = 1) -> li
     """What is decided while the wanted number changes, every so often."""
     burst, told = None, []
     for step, wanted in enumerate(queue):
-        present, burst = Burst.decide(
-            burst, wanted=wanted, present=present, now_s=100 + step * every_s
-        )
+        now_s = 100 + step * every_s
+        present, burst = replicas_now(burst, wanted=wanted, present=present, now_s=now_s)
         told.append(present)
     return told
 

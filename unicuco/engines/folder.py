@@ -110,7 +110,7 @@ def check_bits(odd_matrix: str | None, *, on_cpu: bool) -> None:
     if odd_matrix is not None and on_cpu:
         raise RequestError(
             f"4 bits of {odd_matrix} can't be run on a CPU, where rows and columns must be "
-            "multiples of 32; 8 and 16 bits can: learn with --max-sparsity 0.4, or use transformers"
+            "multiples of 32; 8 and 16 bits can: ask for more bytes, or use transformers"
         )
 
 

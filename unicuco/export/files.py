@@ -104,6 +104,12 @@ def write_json(path: Path, document: object) -> dict[str, str]:
     return {path.name: file.sha256()}
 
 
+def write_index(stage: Path, places: Mapping[str, str], num_bytes: int) -> dict[str, str]:
+    """Write which file holds which tensor, and all their bytes; return file name -> sha256."""
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(places)}
+    return write_json(stage / INDEX, index)
+
+
 def versions_of(provenance: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     """Return the versions that a provenance names, or those of this process."""
     given = provenance.get("versions")

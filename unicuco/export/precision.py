@@ -6,8 +6,8 @@ was read in vLLM 0.32 and tried on a CPU: 8 bits everywhere (oneDNN's int8 produ
 bfloat16), 4 bits where rows and columns are multiples of 32 and the group is even, in bfloat16
 alone. Matrices that an engine fuses must have the same bits; the axes of weight_bits see to it.
 Keys and values: vLLM has one flag for the whole model, and of our bits only fp8 comes near on a
-CPU; so blocks are judged with theirs, and the engine gets fp8 where all are at 8 or less on the
-average.
+CPU; so blocks are judged with theirs, and the engine gets fp8 where they are nearer to it than to
+16 bits on the average.
 
 What it does not know: tensors.
 """
@@ -88,11 +88,13 @@ def describe(
         for site, bits in zip(sites, weight_bits, strict=True)
         if bits == 4 and (site.num_rows % _CPU_MULTIPLE or site.num_columns % _CPU_MULTIPLE)
     ]
-    cpu = "no: 4 bits need multiples of 32, " + odd[0] + " has others" if odd else "yes"
+    cpu = "yes, in bfloat16" if 4 in weight_bits else "yes"
+    if odd:
+        cpu = f"no: 4 bits need multiples of 32, {odd[0]} has others"
     document: dict[str, object] = {
         "weight_bits": {s.path: bits for s, bits in zip(sites, weight_bits, strict=True)},
         "runs_on": {
-            "vllm_cpu": f"{cpu}" + (", in bfloat16" if 4 in weight_bits and not odd else ""),
+            "vllm_cpu": cpu,
             "transformers": "yes, with the package compressed-tensors",
         },
     }

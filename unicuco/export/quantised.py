@@ -8,10 +8,11 @@ this module does not know: how a strategy was found.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors import safe_open
@@ -19,7 +20,14 @@ from torch import Tensor
 
 from unicuco.bits import group_size, pack_words, round_matrix, scale_dtype
 from unicuco.errors import ModelError
-from unicuco.export.files import DTYPES, INDEX, SINGLE, read_checked_header, write_json
+from unicuco.export.files import (
+    DTYPES,
+    SINGLE,
+    read_checked_header,
+    without_sparsity_config,
+    write_index,
+    write_json,
+)
 from unicuco.export.header import TensorEntry
 from unicuco.export.names import match_sites
 from unicuco.export.precision import quantization_config
@@ -86,18 +94,13 @@ def write_quantised(
     modules = {
         name.removesuffix(".weight"): (site, bits[site.path]) for name, site in sites.items()
     }
-    # Any: JSON of any family.
-    config: dict[str, Any] = {key: v for key, v in read_config(folder).items() if key != _SPARSITY}
+    config = json.loads(without_sparsity_config(json.dumps(read_config(folder)).encode()))
     if any(own < 16 for _, own in modules.values()):
         config["quantization_config"] = quantization_config(modules, entries)
     files |= write_json(stage / "config.json", config)
     if SINGLE not in files:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        files |= write_json(stage / INDEX, index)
+        files |= write_index(stage, places, total)
     return files
-
-
-_SPARSITY: Final = "sparsity_config"  # vLLM refuses every model that has one
 
 
 class _Matrix:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from unicuco.errors import ModelError, VariantError
 from unicuco.export.files import (
-    INDEX,
     SINGLE,
     read_checked_header,
     without_sparsity_config,
+    write_index,
     write_json,
 )
 from unicuco.export.header import TensorEntry
@@ -146,8 +146,7 @@ def write_shrunk(
     config = without_sparsity_config(json.dumps(plan.config).encode())
     files |= write_json(stage / "config.json", json.loads(config))
     if SINGLE not in files:
-        index = {"metadata": {"total_size": cutter.num_bytes}, "weight_map": places}
-        files |= write_json(stage / INDEX, index)
+        files |= write_index(stage, places, cutter.num_bytes)
     return files
 
 

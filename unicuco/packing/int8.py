@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicuco.importance.sparsegpt import BLOCK_COLUMNS, InverseFactor
+from unicuco.bits import round_columns
+from unicuco.importance.sparsegpt import InverseFactor
 
 FLOATS: Final = {
     "F64": torch.float64,
@@ -119,7 +120,8 @@ def quantise(
         codes = (scaled / scale).round()
         codes = codes if drop is None else codes.masked_fill(drop, 0.0)
     else:
-        codes = _sweep(weight.double(), sensitivity.factor, rows, columns, drop)
+        steps = scale * _factors(columns.numpy()).double()
+        codes = round_columns(weight, steps, LIMIT, sensitivity.factor.upper, drop)
     return Int8Matrix(
         codes=codes.clamp(-LIMIT, LIMIT).to(torch.int8).numpy(),
         rows=rows.numpy(),
@@ -155,29 +157,6 @@ def drop_by_peaks(weight: Tensor, peaks: Tensor, sparsity: float) -> Tensor:
     count = int(sparsity * weight.shape[1])
     order = score.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
-
-
-def _sweep(
-    work: Tensor, factor: InverseFactor, rows: Tensor, columns: Tensor, drop: Tensor | None
-) -> Tensor:
-    """Round column by column, each error made up for to its right; float64 codes."""
-    upper = factor.upper
-    scale = _factors(rows.numpy()).double()[:, None] * _factors(columns.numpy()).double()
-    codes = torch.zeros_like(work)
-    for start in range(0, work.shape[1], BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, work.shape[1])
-        part = work[:, start:end]  # a view: updates inside the block are seen at once
-        errors = torch.zeros_like(part)
-        for k in range(end - start):
-            column = start + k
-            code = (part[:, k] / scale[:, column]).round().clamp(-LIMIT, LIMIT)
-            if drop is not None:
-                code = code.masked_fill(drop[:, column], 0.0)
-            codes[:, column] = code
-            errors[:, k] = (part[:, k] - code * scale[:, column]) / upper[column, column]
-            part[:, k:] -= torch.outer(errors[:, k], upper[column, column:end])
-        work[:, end:] -= errors @ upper[start:end, end:]
-    return codes
 
 
 def _widened(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

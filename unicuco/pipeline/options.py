@@ -74,8 +74,6 @@ class LearnOptions:
         _one_of("granularity", self.granularity, Granularity)
         _one_of("preset", self.preset, SEARCHES)
         _one_of("calibration-sampling", self.calibration_sampling, Sampling)
-        for name in self.dimensions:
-            _one_of("dimensions", name, DIMENSIONS)
         check_dimensions(self.dimensions)
         if not self.masks_only and (self.has_levels or self.tasks):
             what = f"pruner {self.pruner}" if self.has_levels else "task"

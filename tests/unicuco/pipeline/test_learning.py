@@ -341,7 +341,10 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(learn_tiny: Learn, tmp_p
         ({"pruner": "wand"}, "pruner must be one of"),
         ({"granularity": "row"}, "granularity must be one of"),
         ({"preset": "best"}, "preset must be one of"),
-        ({"dimensions": ("sparcity",)}, "dimensions must be one of"),
+        (
+            {"dimensions": ("sparcity",)},
+            "dimensions must be different names out of sparsity, depth",
+        ),
         ({"dimensions": ("sparsity", "sparsity")}, "different names"),
         ({"dimensions": ("sparsity", "depth"), "pruner": "sparsegpt"}, "sparsity alone"),
         ({"shards": 2, "dimensions": ("depth",)}, "no shapes or bits: shards must be 1"),
