@@ -143,6 +143,7 @@ class ProductCost:
         self.site_size = profile.num_site_weights
         counts = [len(dimension.axes(profile, granularity)) for dimension in dimensions]
         self._ends = [sum(counts[: k + 1]) for k in range(len(counts))]
+        self._latest: tuple[tuple[float, ...], Shape] | None = None
         self._starts = [end - count for end, count in zip(self._ends, counts, strict=True)]
         self._weights = torch.tensor(
             [site.num_weights for site in profile.sites], dtype=torch.float64
@@ -202,6 +203,12 @@ class ProductCost:
 
     def shape(self, values: Sequence[float]) -> Shape:
         """Return exactly what is left of the model."""
+        key, latest = tuple(values), self._latest
+        if latest is None or latest[0] != key:  # several questions are asked of each strategy
+            latest = self._latest = key, self._shape_of(key)
+        return latest[1]
+
+    def _shape_of(self, values: tuple[float, ...]) -> Shape:
         own = self._split(values)
         gone: frozenset[int] = frozenset()
         units: dict[int, int] = {}

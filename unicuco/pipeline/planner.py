@@ -230,21 +230,20 @@ class Planner:
         return [nothing if is_dense else p for p, is_dense in zip(predictions, dense, strict=True)]
 
     def _plan(self, request: Request, strategy: Strategy, kl: Prediction) -> Plan:
-        cost = self.space.cost
-        kept = cost.kept_params(strategy.values)
+        cost, values = self.space.cost, strategy.values
         packed = kv = None
         if isinstance(cost, ByteCost):
-            packed = cost.packed_bytes(strategy.values)
+            packed = cost.packed_bytes(values)
             if request.target is Target.MAX_TOTAL_BYTES:
-                kv = cost.kv_bytes(strategy.values, kv_tokens(request, cost))
-        dropped = sum(cost.site_drops(strategy.values).values())
+                kv = cost.kv_bytes(values, kv_tokens(request, cost))
+        dropped = sum(cost.site_drops(values).values())
         return Plan(
             request=request,
             strategy=strategy,
             sparsity=dropped / cost.num_site_weights,
-            kept_params=kept,
+            kept_params=cost.kept_params(values),
             total_params=cost.total_params,
-            num_bytes=cost.num_bytes(strategy.values),
+            num_bytes=cost.num_bytes(values),
             served_as=cost.served_as,
             kl=kl,
             packed_bytes=packed,

@@ -257,6 +257,10 @@ class StrategySpace:
 
     def _cost_along(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ``b`` relaxed costs at ``z + t`` and their derivatives to t."""
+        if self._shapes is None:  # every step is a weight
+            unit = torch.sigmoid(z + t[:, None])
+            slope = -(self.axis_params * unit * (1 - unit)).sum(1)
+            return self.cost.total_size - (self.settings(unit) * self._steps).sum(1), slope
         with torch.enable_grad():
             shift = t.detach().clone().requires_grad_(True)
             cost = self.cost.size(self.settings(torch.sigmoid(z + shift[:, None])))
