@@ -23,7 +23,7 @@ test: browser
 	$(RUN) pytest
 
 test-fast: venv
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -m "not slow" -n 2 --dist loadfile
 
 check: venv
 	$(RUN) ruff check .

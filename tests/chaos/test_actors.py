@@ -18,7 +18,7 @@ from unicuco.search.drive import Progress, drive
 from unicuco.store import EvaluationStore
 from unicuco.types import Evaluation, FailedEvaluation
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
 
 @pytest.fixture
@@ -59,7 +59,6 @@ def test_a_killed_replica_is_replaced_and_its_strategy_evaluated_again(
     assert kinds <= {"RuntimeError"}, "a strategy that was there by chance is not blamed"
 
 
-@pytest.mark.slow
 def test_a_replica_that_hangs_is_helped_out_and_replaced(store: EvaluationStore) -> None:
     hung: list[int] = []
 

@@ -48,6 +48,7 @@ def evaluations(run: Path) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
 def test_a_job_on_two_replicas_learns_what_one_process_does(
     tmp_path: Path, tiny_llama: Path, tiny_text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

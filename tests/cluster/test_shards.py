@@ -81,6 +81,7 @@ def die_once(marker: str) -> Any:
     return build
 
 
+@pytest.mark.slow
 def test_a_job_on_shards_one_of_which_is_killed_learns_what_one_process_does(
     tmp_path: Path,
     alone: Path,

@@ -14,6 +14,8 @@ import pytest
 from unicuco.engines.child import ChildProcess
 from unicuco.errors import EngineError
 
+pytestmark = pytest.mark.slow  # every test starts a process that imports torch
+
 SERVE = """
 import os, subprocess, sys, time
 from unicuco.engines.serve_lines import serve_lines

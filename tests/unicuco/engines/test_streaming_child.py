@@ -16,6 +16,8 @@ from tests.unicuco.engines.test_child import gone
 from unicuco.engines.streaming_child import StreamingChild
 from unicuco.errors import EngineError
 
+pytestmark = pytest.mark.slow  # every test starts a process that imports torch
+
 SERVE = """
 import asyncio, os, subprocess, sys
 from unicuco.engines.serve_lines import serve_streams

@@ -371,6 +371,7 @@ def run_driver(path: Path, num_evaluations: int) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_driver_s_run_continues_with_nothing_lost_and_nothing_repeated(
     tmp_path: Path,
 ) -> None:
