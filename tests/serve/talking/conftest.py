@@ -105,7 +105,7 @@ def talking(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         folders[f"python:v{number}"] = folder
     engines = EngineOptions(
         min_engines=2, max_engines=2, num_cpus=0.01, threads=1, slots=8, longest_wait_s=1.0,
-        max_queued=64, start_timeout_s=540,
+        max_queued=128, start_timeout_s=540,
     )  # fmt: skip
     config = small_config(run_folder, data, serve_port, engines=engines)
     with running(config, name=APP, route_prefix=f"/{APP}") as url:

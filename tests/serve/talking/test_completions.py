@@ -135,32 +135,42 @@ def test_the_official_client_raises_its_own_errors(talking: Talking) -> None:
 
 def test_no_engine_works_on_for_a_client_that_went_away(talking: Talking) -> None:
     body = {"model": "python:v4", "prompt": "x = [1, ", "max_tokens": 480, "n": 32, **HOT}
+    seen: list[tuple[int, list[tuple[int | None, int]]]] = []
 
     def at_work() -> int:
         status = talking.status()
-        seen.append(status)
-        return int(status["queued"] + sum(e["running"] for e in status["engines"]))
+        seen.append((status["queued"], [(e["pid"], e["running"]) for e in status["engines"]]))
+        queued, engines = seen[-1]
+        return queued + sum(running for _, running in engines)
 
-    async def leave() -> None:
+    async def leave() -> list[int]:
+        """Send three, wait until all are at work, and go; return how those that ended did."""
         async with httpx.AsyncClient(base_url=talking.url, timeout=240) as http:
             calls = [
                 asyncio.create_task(http.post("/v1/completions", json={**body, "stream": stream}))
                 for stream in (True, False, False)
             ]
+
+            def all_came_or_one_went() -> bool:
+                return at_work() == 96 or any(call.done() for call in calls)
+
             # At least one of them waits, however many engines are well just now.
-            all_came = await asyncio.to_thread(wait_until, lambda: at_work() == 96, 60)
-            assert all_came, (seen[-3:], [call for call in calls if call.done()])
+            assert await asyncio.to_thread(wait_until, all_came_or_one_went, 60), seen[-5:]
+            ended = [call.result().status_code for call in calls if call.done()]
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
+            return ended
 
-    seen: list[dict[str, object]] = []
     assert wait_until(lambda: at_work() == 0, 60), seen[-1]
     began = time.monotonic()
     with talking.http() as http:
         http.post("/v1/completions", json=body).raise_for_status()
     whole_s = time.monotonic() - began
-    asyncio.run(leave())
+    for _ in range(3):  # calls may end before all three are seen where an engine is lost meanwhile
+        if not (ended := asyncio.run(leave())):
+            break
+    assert not ended, (ended, whole_s, seen[-20:])
     # Worked on, the three would need at least twice as long, for one begins when another ends.
     assert wait_until(lambda: at_work() == 0, whole_s), seen[-1]
 
