@@ -1,9 +1,11 @@
-"""Which part of learning helps? Two parts of ``benchmarks.quality``, at equal units.
+"""Which part of learning helps, and how much of it? Three parts of ``benchmarks.quality``.
 
 - ``ablation``: uniform and Fisher; the surrogate on values, then on values and derivatives, each
   minimised per target and through StratNet (one run of 110 units for all targets together); the
   same without Fisher curves;
-- ``presets``: hypervolume of (size, test KL) of ``default`` and ``paper`` at equal units.
+- ``presets``: hypervolume of (size, test KL) of ``default`` and ``paper`` at equal units;
+- ``evaluations``: what StratNet answers after the first 6, 9, … 27 evaluations with derivatives of
+  one run. A shorter run asks the same first ones.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from unicuco.types import Evaluation, Strategy
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 UNITS = 110.0
 VALIDATION_UNITS = 19.0  # what calibrating the intervals costs a run; counted, though unused here
+STEPS = tuple(range(6, 28, 3))  # evaluations with derivatives, whole rounds
 FRONT = tuple(round(0.1 + 0.1 * k, 1) for k in range(9))  # 0.1 … 0.9, for the hypervolume
 
 Evaluated = list[tuple[Strategy, Evaluation]]
@@ -130,6 +133,23 @@ def measure_presets(bench: Bench, seeds: int) -> None:
         _save("presets", bench, {"hypervolume": volumes, "units": UNITS})
     rows = [[seed, *pair] for seed, pair in enumerate(zip(*volumes.values(), strict=True))]
     print(table(["seed", *volumes], rows))
+
+
+def measure_evaluations(bench: Bench, seeds: int) -> None:
+    """Measure StratNet after the first `STEPS` evaluations, for each seed."""
+    uniform = bench.test_kl(ALLOCATORS["uniform"](bench.context).allocate(SPARSITIES))
+    kl: dict[str, list[list[float]]] = {str(n): [[] for _ in SPARSITIES] for n in STEPS}
+    units = bench.preparation_units + 3.0 * STEPS[-1]
+    for seed in range(seeds):
+        config = replace(bench.prepared.search, seed=seed)
+        evaluated = run_search(bench, config, units)
+        for number in STEPS:
+            allocator = learned(bench, config, evaluated[:number])[1]
+            answers = bench.test_kl(allocator.allocate(SPARSITIES))
+            for column, value in zip(kl[str(number)], answers, strict=True):
+                column.append(value)
+        _save("evaluations", bench, {"kl": kl, "uniform": uniform})
+        print(f"evaluations: seed {seed}\n{ratios(kl, uniform)}", flush=True)
 
 
 def ratios(kl: dict[str, list[list[float]]], uniform: Sequence[float]) -> str:

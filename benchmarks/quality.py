@@ -7,7 +7,8 @@ Parts, each with a file of results of its own that is written after every job an
   once. One run per seed serves every table. EvoPress gets max(the run's units, 300) units for each
   request;
 - ``tasks``: accuracy of those strategies by log likelihood, through lm-eval, from local files;
-- ``ablation`` and ``presets``: which part of learning helps (`benchmarks.ablation`);
+- ``ablation``, ``presets`` and ``evaluations``: which part of learning helps, and how many
+  evaluations it needs (`benchmarks.ablation`);
 - ``report``: the table and, per sparsity, the plot of quality against total seconds for 1, 8, 64
   and 512 requests.
 
@@ -36,6 +37,7 @@ SEEDS = 5
 ABLATION: dict[str, tuple[Callable[[Bench, int], None], int]] = {
     "ablation": (ablation.measure_ablation, 3),
     "presets": (ablation.measure_presets, 5),
+    "evaluations": (ablation.measure_evaluations, 3),
 }
 
 
