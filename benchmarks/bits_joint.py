@@ -32,7 +32,7 @@ from benchmarks.common import RESULTS, save, table
 from unicuco.bits import round_matrix
 from unicuco.dimensions import ByteCost
 from unicuco.evaluate import LocalEvaluator
-from unicuco.export.header import read_header
+from unicuco.headers import read_header
 from unicuco.models import load_tokenizer, resolve_model, weight_files
 from unicuco.packing import Int8Matrix, quantise_per_channel
 from unicuco.packing.model import StoredMatrix

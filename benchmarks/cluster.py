@@ -30,6 +30,7 @@ from cluster.pool import RayPool
 from unicuco.dimensions import Granularity, build_space
 from unicuco.evaluate import EvaluatorConfig
 from unicuco.models import quiet_transformers
+from unicuco.models.weights import folder_source
 from unicuco.shards.evaluator import Relay, ShardedEvaluator, StageConfig, StageEvaluator
 from unicuco.shards.plan import estimated_costs, hidden_size, plan_shards
 from unicuco.shards.profile import load_ghost
@@ -193,7 +194,7 @@ def _stage_memory(stage: Sequence[Any]) -> dict[str, object]:
         dimensions=("sparsity",),
         granularity=Granularity.BLOCK,
         text_digest="",
-        folder=str(folder),
+        weights=folder_source(folder),
     )
     core = StageEvaluator(StageConfig(evaluator=evaluator, blocks=blocks), arrays)
     built = process.memory_info().rss - before

@@ -17,6 +17,7 @@ from cluster.driver import RayBackend
 from cluster.learn import main
 from tests.cluster.test_learn import evaluations, job
 from unicuco.errors import ModelError, RequestError
+from unicuco.models.weights import FolderSource
 from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn
 from unicuco.shards.evaluator import Relay, StageConfig, StageEvaluator
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
@@ -141,7 +142,9 @@ class FailingStage(StageEvaluator):
 def test_a_stage_that_can_not_be_built_is_its_own_line(
     case: EvaluationCase, tmp_path: Path
 ) -> None:
-    config = replace(case.config, folder=str(tmp_path / "elsewhere"))
+    assert isinstance(case.config.weights, FolderSource)
+    weights = replace(case.config.weights, place=str(tmp_path / "elsewhere"))
+    config = replace(case.config, weights=weights)
     with RayBackend("local", 1, 1, 2) as backend:
         pool = backend.start_pool(config, case.arrays)
         pool.submit(Ask(round=0, position=0, strategy=case.space.uniform(0.5), derivatives=False))

@@ -15,7 +15,7 @@ from typing import Final
 
 from unicuco.errors import EngineError, RequestError
 from unicuco.export.document import DOCUMENT_NAME, read_variant
-from unicuco.export.header import read_header
+from unicuco.headers import read_header
 
 # Names that the families use for the longest sequence, in the order of transformers' own attribute
 # maps.

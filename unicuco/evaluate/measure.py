@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unicuco.dimensions import Granularity
 from unicuco.errors import EvaluationError
+from unicuco.models.weights import WeightSource
 from unicuco.types import Evaluation, ModelProfile, Strategy, TaskValue
 
 _COST_WITH_DERIVATIVES: Final = 3.0
@@ -30,7 +31,7 @@ class EvaluatorConfig:
     as they are). ``tasks`` are the texts, of equally many windows each, that the search text is
     made of, where there are several. ``levels`` is the folder of a level database that sites are
     taken from instead of being cut by the rank store; such evaluators know no derivatives and no
-    row rules. ``folder`` is the model's, where stages read their weights; others are given them.
+    row rules. ``weights`` is where stages read theirs; others are given them.
     """
 
     model_config: str
@@ -41,7 +42,7 @@ class EvaluatorConfig:
     threads: int = 0
     tasks: tuple[str, ...] = ()
     levels: str = ""
-    folder: str = ""
+    weights: WeightSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,9 @@ from typing import Final
 import torch
 
 from unicuco.errors import ModelError
-from unicuco.export.header import FileHeader, read_header
 from unicuco.export.staging import HashedFile
+from unicuco.headers import FileHeader, read_header
+from unicuco.models.weights import fill_buffer
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -55,19 +56,6 @@ def copy_bytes(source: FileIO, file: HashedFile, count: int, buffer: memoryview)
         fill_buffer(source, part)
         file.write(part)
         count -= len(part)
-
-
-def fill_buffer(source: FileIO, part: memoryview) -> None:
-    """Read exactly ``len(part)`` bytes."""
-    missing = part
-    while missing:
-        try:
-            count = source.readinto(missing)
-        except OSError as error:
-            raise ModelError(f"{source.name} can't be read: {error.strerror}") from error
-        if not count:
-            raise ModelError(f"{source.name} ends too early; fetch the model again")
-        missing = missing[count:]
 
 
 def copy_small_files(folder: Path, stage: Path, *, present: Container[str]) -> dict[str, str]:

@@ -28,10 +28,10 @@ from unicuco.export.files import (
     write_index,
     write_json,
 )
-from unicuco.export.header import TensorEntry
 from unicuco.export.names import match_sites
 from unicuco.export.precision import quantization_config
 from unicuco.export.tensors import StoredTensor, write_tensors
+from unicuco.headers import TensorEntry
 from unicuco.models import weight_files
 from unicuco.models.folder import read_config
 from unicuco.types import ModelProfile, Site

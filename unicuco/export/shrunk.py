@@ -25,10 +25,10 @@ from unicuco.export.files import (
     write_index,
     write_json,
 )
-from unicuco.export.header import TensorEntry
 from unicuco.export.names import match_sites
 from unicuco.export.shapes import with_blocks, with_shapes
 from unicuco.export.tensors import StoredTensor, write_tensors
+from unicuco.headers import TensorEntry
 from unicuco.importance.units import UnitStore
 from unicuco.models import weight_files
 from unicuco.models.block_shapes import BlockShape

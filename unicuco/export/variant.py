@@ -29,21 +29,22 @@ from unicuco.export.files import (
     INDEX,
     copy_bytes,
     copy_small_files,
-    fill_buffer,
     open_file,
     read_checked_header,
     versions_of,
 )
-from unicuco.export.header import FileHeader, TensorEntry
 from unicuco.export.names import match_sites
 from unicuco.export.precision import describe
 from unicuco.export.quantised import write_quantised
 from unicuco.export.shrunk import ShrinkPlan, write_shrunk
 from unicuco.export.staging import HashedFile, staged_folder
 from unicuco.files import file_digest
+from unicuco.headers import FileHeader, TensorEntry
 from unicuco.importance.units import UnitStore
 from unicuco.levels import LevelDatabase
 from unicuco.models import read_site, weight_files
+from unicuco.models.fetching import place_of
+from unicuco.models.weights import fill_buffer
 from unicuco.pruners import LevelPruner
 from unicuco.ranks import RankStore, cut
 from unicuco.rows import RowRule
@@ -148,7 +149,7 @@ def write_variant(
         document = VariantDocument(
             plan=plan,
             base_digest=profile.digest,
-            base_path=str(folder.resolve()),
+            base_path=place_of(folder),
             run=str(provenance["run"]),
             seed=int(str(provenance["seed"])),
             versions=versions_of(provenance),

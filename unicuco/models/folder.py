@@ -18,13 +18,14 @@ from typing import Final
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from unicuco.errors import ModelError
+from unicuco.errors import ModelError, StorageError
+from unicuco.models.fetching import fetch_model
+from unicuco.models.index import INDEX, SINGLE, parse_index
+from unicuco.remote import is_url, local_path
 
 REFERENCE: Final = "reference"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-_SINGLE: Final = "model.safetensors"
-_INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CHUNK_BYTES: Final = 1 << 22
 
@@ -33,8 +34,8 @@ def resolve_model(name: str) -> Path:
     """Return the local folder of a model.
 
     Args:
-        name: ``reference`` (the embedded model), a folder, or a Hugging Face hub id; an existing
-            folder wins.
+        name: ``reference`` (the embedded model), a folder, a URL that fsspec reaches, or a Hugging
+            Face hub id; an existing folder wins.
 
     Returns:
         A folder that passed `check_model_folder`.
@@ -42,8 +43,11 @@ def resolve_model(name: str) -> Path:
     Raises:
         ModelError: nothing usable is there; the line says what was found and what to do.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and name != REFERENCE:
+    local = local_path(name)
+    path = Path(name if local is None else local).expanduser()
+    if local is None:
+        folder = _fetched(name)
+    elif path.is_dir() and name != REFERENCE:
         folder = path
     elif name == REFERENCE:
         folder = _reference_folder()
@@ -51,7 +55,7 @@ def resolve_model(name: str) -> Path:
         raise ModelError(
             f"{path} is a file, not a model folder; give the folder that holds config.json"
         )
-    elif _HUB_ID.fullmatch(name):
+    elif _HUB_ID.fullmatch(name) and not is_url(name):
         folder = _download(name)
     else:
         raise ModelError(f"no model folder at {path}")
@@ -89,20 +93,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         ModelError: there are none, or a shard is missing or lacks a tensor that the index promises.
     """
-    if (folder / _SINGLE).is_file():
-        return (folder / _SINGLE,)
-    if not (folder / _INDEX).is_file():
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,)
+    if not (folder / INDEX).is_file():
         raise ModelError(_no_weights(folder))
-    places = _read_object(folder / _INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ModelError(f"{folder / _INDEX} has no weight_map; fetch the model again")
-    shards: dict[str, set[str]] = {}
-    for tensor, shard in places.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ModelError(
-                f"{folder / _INDEX} names {shard!r} for {tensor}, which is no file of this folder"
-            )
-        shards.setdefault(shard, set()).add(tensor)
+    shards = parse_index(_read(folder / INDEX), str(folder / INDEX))
     for shard, tensors in shards.items():
         if not (folder / shard).is_file():
             raise ModelError(
@@ -130,7 +125,7 @@ def _reference_folder() -> Path:
     resource = files("unicuco") / "reference" / "model"
     # A package on disk: as_file then hands out the real folder, and nothing is unpacked or removed.
     with as_file(resource) as folder:
-        found = folder / _SINGLE
+        found = folder / SINGLE
     if not found.is_file():
         raise ModelError(
             f"the embedded reference model is missing from this installation ({folder}); "
@@ -138,6 +133,13 @@ def _reference_folder() -> Path:
             "python -m unicuco.reference.train --out unicuco/reference/model"
         )
     return folder
+
+
+def _fetched(url: str) -> Path:
+    try:
+        return fetch_model(url)
+    except StorageError as error:
+        raise ModelError(str(error)) from error
 
 
 def _download(name: str) -> Path:
@@ -161,7 +163,7 @@ def _no_weights(folder: Path) -> str:
         )
     if (folder / "adapter_config.json").is_file():
         return f"{folder} is an adapter, not a model; merge it into its base model first"
-    return f"{folder} holds no weights: looked for {_SINGLE} or {_INDEX}"
+    return f"{folder} holds no weights: looked for {SINGLE} or {INDEX}"
 
 
 def _tensor_names(path: Path) -> set[str]:
@@ -174,10 +176,17 @@ def _tensor_names(path: Path) -> set[str]:
         ) from error
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} can't be read ({error}); fetch the model again") from error
+
+
 def _read_object(path: Path) -> dict[str, object]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = json.loads(_read(path))
+    except ValueError as error:
         raise ModelError(
             f"{path} can't be read as JSON ({error}); fetch the model again"
         ) from error

@@ -1,19 +1,18 @@
-"""Reads tensors of a model folder by their parameters' names, one at a time, and nothing else.
+"""Reads tensors of a model's files by their parameters' names, one at a time, and nothing else.
 
-Opening reads the files' headers alone. Where files and modules go by different names, the library's
-own table says which is which. What this module does not know: what a tensor is for.
+Of each file that holds one of them the header is read, and the tensors' own bytes. Where files and
+modules go by different names, the library's own table says which is which. What this module does
+not know: what a tensor is for, and where the files are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,31 +24,41 @@ from transformers.core_model_loading import (
 )
 
 from unicuco.errors import ModelError
-from unicuco.models.folder import check_model_folder, weight_files
+from unicuco.headers import TensorEntry, parse_header
+from unicuco.models.weights import WeightFile, WeightSource, changed
+
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorReader:
-    """The tensors of one model folder.
+    """The tensors of one model's files.
 
     Args:
-        folder: of the model.
+        source: of the files.
         model: built from its configuration; its parameters need no memory.
-
-    Raises:
-        ModelError: no usable model is there.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        check_model_folder(folder)
-        self.folder = folder
-        files: dict[str, Path] = {}
-        for path in weight_files(folder):
-            with _opened(path) as file:
-                files |= dict.fromkeys(file.keys(), path)
+    def __init__(self, source: WeightSource, model: PreTrainedModel) -> None:
+        self._source = source
+        files = {name: file for file in source.files for name in file.tensors}
         # Parameter name -> stored name and file.
         self._places = {
             name: (stored, files[stored]) for stored, name in _parameters_of(model, files)
         }
+        self._entries: dict[str, dict[str, TensorEntry]] = {}
 
     def holds(self, name: str) -> bool:
         """Say whether the files hold a parameter or buffer."""
@@ -63,27 +72,55 @@ class TensorReader:
             shape: that it must have.
 
         Raises:
-            ModelError: no file holds it, it is of another shape, or NaN or infinite.
+            ModelError: no file holds it, the file is there no more or another one, or the tensor is
+                of another shape, or NaN or infinite.
         """
         place = next((self._places[name] for name in names if name in self._places), None)
         if place is None:
             raise ModelError(
-                f"{self.folder} holds no tensor for {names[0]}: it is missing, or the library makes"
-                " it of several others while it loads a whole model; use one shard"
+                f"{self._source.place} holds no tensor for {names[0]}: it is missing, or the "
+                "library makes it of several others while it loads a whole model; use one shard"
             )
-        stored, path = place
-        with _opened(path) as file:
-            tensor: Tensor = file.get_tensor(stored).clone()
+        stored, file = place
+        tensor = self._tensor(file, self._entry(file, stored))
         if tuple(tensor.shape) != tuple(shape):
-            raise ModelError(f"{self.folder}: the shape of {stored} does not fit config.json")
+            raise ModelError(
+                f"{self._source.place}: the shape of {stored} does not fit config.json"
+            )
         if tensor.numel() and tensor.is_floating_point():
             low, high = torch.aminmax(tensor)
             if not (math.isfinite(float(low)) and math.isfinite(float(high))):
                 raise ModelError(
-                    f"{self.folder}: the tensor {stored} holds NaN or infinite weights; repair the "
-                    "checkpoint"
+                    f"{self._source.place}: the tensor {stored} holds NaN or infinite weights; "
+                    "repair the checkpoint"
                 )
         return tensor
+
+    def _entry(self, file: WeightFile, stored: str) -> TensorEntry:
+        """Return where a tensor lies in its file, whose header is read once."""
+        if file.name not in self._entries:
+            self._source.check(file)
+            header = bytearray(file.header_bytes)
+            self._source.read_into(file, 0, memoryview(header))
+            if hashlib.sha256(header).hexdigest() != file.header_digest:
+                raise changed(self._source.place, file)
+            self._entries[file.name] = {
+                entry.name: entry for entry in parse_header(bytes(header), file.name)
+            }
+        return self._entries[file.name][stored]
+
+    def _tensor(self, file: WeightFile, entry: TensorEntry) -> Tensor:
+        dtype = _DTYPES.get(entry.dtype)
+        num_bytes = entry.end - entry.begin
+        if dtype is None or num_bytes != math.prod(entry.shape) * dtype.itemsize:
+            raise ModelError(
+                f"{self._source.place}/{file.name}: {entry.name} is of type {entry.dtype}, which "
+                "can't be read, or of another size than its shape says"
+            )
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        begin = file.header_bytes + entry.begin
+        self._source.read_into(file, begin, data.numpy().data)
+        return data.view(dtype).view(entry.shape)
 
 
 def _parameters_of(model: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -100,15 +137,3 @@ def _parameters_of(model: PreTrainedModel, stored: Iterable[str]) -> Iterator[tu
             found, converter = name, None
         if found in state and converter is None:
             yield name, found
-
-
-# Any: the library's file has no types.
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is cut off or damaged ({error}); fetch the model again"
-        ) from error

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from unicuco.errors import ModelError
-from unicuco.export.header import FileHeader, TensorEntry
 from unicuco.export.names import match_sites, named_like
+from unicuco.headers import FileHeader, TensorEntry
 from unicuco.models import LoadedModel, weight_files
 from unicuco.packing.int8 import FLOATS, Int8Matrix
 from unicuco.packing.sensitivity import embedding_names, weight_name

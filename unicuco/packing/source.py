@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from unicuco.errors import ModelError
-from unicuco.export.header import FileHeader, TensorEntry, read_header
+from unicuco.headers import FileHeader, TensorEntry, read_header
 from unicuco.models import weight_files
 from unicuco.packing.coder import Bytes
 from unicuco.packing.int8 import Int8Matrix

@@ -26,6 +26,7 @@ from unicuco.files import file_digest
 from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS
 from unicuco.levels import LevelDatabase
+from unicuco.models.fetching import place_of
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.dense import JudgeWindows
 from unicuco.pipeline.files import save_json, save_tensors
@@ -333,7 +334,7 @@ def _write(
             "digest": prepared.loaded.profile.digest,
             "path": options.model
             if options.model == "reference"
-            else str(prepared.loaded.folder.resolve()),
+            else place_of(prepared.loaded.folder),
         },
         "profile": profile_document(prepared.loaded.profile),
         "data": {

@@ -29,6 +29,7 @@ from unicuco.importance import METRICS
 from unicuco.importance.hessian import collect_factors
 from unicuco.importance.units import UnitStore, build_units
 from unicuco.models import LoadedModel, load_tokenizer
+from unicuco.models.weights import weight_source
 from unicuco.pipeline import levelling
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.dense import DenseModel, JudgeWindows, open_dense, pack_dense_text
@@ -250,7 +251,7 @@ def _prepare(
             text_digest=texts.search.digest,
             levels="" if levels is None else str(levels.folder.resolve()),
             tasks=options.task_names,
-            folder=str(loaded.folder.resolve()),
+            weights=weight_source(loaded.folder),
         ),
         search=_search_config(options, loaded.profile, fisher, levels),
     )

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -47,7 +46,7 @@ _FLOAT_BYTES: Final = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
-    """One stage: which blocks of the model in the evaluator's folder."""
+    """One stage: which blocks of the model that the evaluator's weights are read of."""
 
     evaluator: EvaluatorConfig
     blocks: range
@@ -80,7 +79,7 @@ class StageEvaluator:
         arrays: of `stage_arrays`.
 
     Raises:
-        ModelError: the folder can't be read, or the model can't be taken apart.
+        ModelError: its weights can't be read, or the model can't be taken apart.
         RequestError: there are other dimensions than sparsity.
     """
 
@@ -95,7 +94,8 @@ class StageEvaluator:
         tensors = unpack(arrays)
         self._ids = tensors["text/ids"]
         skeleton = Skeleton(evaluator.model_config, evaluator.profile)
-        reader = TensorReader(Path(evaluator.folder), skeleton.model)
+        assert evaluator.weights is not None, "stages read their own weights"
+        reader = TensorReader(evaluator.weights, skeleton.model)
         self.stage = Stage(skeleton, config.blocks, reader)
         self.stage.use(
             SiteWeights(
@@ -221,7 +221,7 @@ class ShardedEvaluator:
     """All stages in this process, one after the other.
 
     Args:
-        config: the evaluator's, with the model's folder.
+        config: the evaluator's, with where the model's weights are.
         plan: which blocks go together.
         arrays: as `LocalEvaluator` takes them; the model's tensors among them are not looked at.
     """

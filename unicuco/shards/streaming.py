@@ -29,6 +29,7 @@ from unicuco.importance import ImportanceMetric
 from unicuco.importance.fisher import measure_rank_sums, own_label_loss
 from unicuco.models.reading import TensorReader
 from unicuco.models.structure import check_causal, probe_tokens
+from unicuco.models.weights import folder_source
 from unicuco.objectives import DenseReference
 from unicuco.ranks import RankStore, build_ranks
 from unicuco.shards.skeleton import Skeleton
@@ -51,7 +52,7 @@ class StreamedModel:
     def __init__(self, folder: Path, model_config: str, profile: ModelProfile) -> None:
         self.profile = profile
         self._skeleton = Skeleton(model_config, profile)
-        self._reader = TensorReader(folder, self._skeleton.model)
+        self._reader = TensorReader(folder_source(folder), self._skeleton.model)
 
     def check_causal(self) -> None:
         """Refuse a model whose predictions depend on later tokens; one pass over two short windows.

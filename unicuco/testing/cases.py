@@ -20,6 +20,7 @@ from unicuco.importance import METRICS
 from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.importance.units import UnitStore, build_units
 from unicuco.models import LoadedModel, load_model, load_tokenizer, quiet_transformers
+from unicuco.models.weights import weight_source
 from unicuco.ranks import RankStore, build_ranks
 from unicuco.space import StrategySpace
 from unicuco.testing.tiny import tiny_model_folder
@@ -117,7 +118,7 @@ def make_evaluation_case(
         dimensions=dimensions,
         granularity=granularity,
         text_digest=tokens.digest,
-        folder=str(loaded.folder.resolve()),
+        weights=weight_source(loaded.folder),
     )
     text = pack_text(tokens.ids, dense_reference(loaded.model, tokens.ids))
     units = build_units(loaded, calibration) if "width" in dimensions else None

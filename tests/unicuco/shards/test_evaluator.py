@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from unicuco.dimensions import Granularity
 from unicuco.errors import EvaluationError, ModelError, RequestError
-from unicuco.models import reading
+from unicuco.headers import read_header
+from unicuco.models import weight_files
 from unicuco.models.reading import TensorReader
+from unicuco.models.weights import WeightFile, WeightSource, folder_source
 from unicuco.shards.evaluator import (
     ShardedEvaluator,
     StageEvaluator,
@@ -129,37 +130,48 @@ def test_several_strategies_are_under_way_at_once(deep: EvaluationCase) -> None:
     assert not any(stage._received for stage in stages)
 
 
-def test_a_stage_reads_its_own_tensors_and_no_others(
-    deep: EvaluationCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclass(frozen=True)
+class Watched:
+    """A source that notes what is read of it: file, first byte, bytes."""
+
+    genuine: WeightSource
+    reads: list[tuple[str, int, int]]
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        return self.genuine.files
+
+    @property
+    def place(self) -> str:
+        return self.genuine.place
+
+    def check(self, file: WeightFile) -> None:
+        self.genuine.check(file)
+
+    def read_into(self, file: WeightFile, begin: int, target: memoryview) -> None:
+        self.reads.append((file.name, begin, len(target)))
+        self.genuine.read_into(file, begin, target)
+
+
+def test_a_stage_reads_its_own_tensors_and_no_others(deep: EvaluationCase) -> None:
+    assert deep.config.weights is not None
+    watched = Watched(deep.config.weights, [])
+    (header,) = map(read_header, weight_files(deep.loaded.folder))
+    names = {
+        (header.path.name, header.data_offset + entry.begin, entry.end - entry.begin): entry.name
+        for entry in header.entries
+    }
+    names[header.path.name, 0, header.data_offset] = ""
+    configs = stage_configs(replace(deep.config, weights=watched), THREE)
     read: list[str] = []
-
-    class Spy:
-        def __init__(self, path: Path, framework: str) -> None:
-            self._file = genuine(path, framework=framework)
-
-        def __enter__(self) -> Spy:
-            self._file.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self._file.__exit__(*error)
-
-        def keys(self) -> list[str]:
-            return list(self._file.keys())
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            read.append(name)
-            return self._file.get_tensor(name)
-
-    genuine = reading.safe_open
-    monkeypatch.setattr(reading, "safe_open", Spy)
-    configs = stage_configs(deep.config, THREE)
     for number, config in enumerate(configs):
-        before = len(read)
         StageEvaluator(config, stage_arrays(config, deep.arrays))
-        own = {name for name in read[before:] if ".layers." in name}
+        found = [names[place] for place in watched.reads]
+        watched.reads.clear()
+        assert found.count("") == 1, "a header is read once"
+        own = {name for name in found if ".layers." in name}
         assert own == {name for name in own if f".layers.{number}." in name} != set()
+        read += filter(None, found)
     blocks = [name for name in read if ".layers." in name]
     assert len(blocks) == len(set(blocks)), "nothing of a block is read twice"
     others = [name for name in read if ".layers." not in name]
@@ -208,10 +220,10 @@ def test_what_stages_can_not_do_is_one_line(deep: EvaluationCase, tmp_path: Path
     mixed = replace(deep.config, dimensions=("sparsity", "depth"))
     with pytest.raises(RequestError, match="sparsity alone"):
         ShardedEvaluator(mixed, TWO, deep.arrays)
-    reader = TensorReader(deep.loaded.folder, deep.loaded.model)
+    reader = TensorReader(folder_source(deep.loaded.folder), deep.loaded.model)
     with pytest.raises(ModelError, match="holds no tensor for lm_tail"):
         reader.read(["lm_tail"], (1,))
     with pytest.raises(ModelError, match="does not fit"):
         reader.read(["model.norm.weight"], (1,))
     with pytest.raises(ModelError, match="no model folder"):
-        TensorReader(tmp_path / "nothing", deep.loaded.model)
+        folder_source(tmp_path / "nothing")

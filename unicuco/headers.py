@@ -45,26 +45,40 @@ def read_header(path: Path) -> FileHeader:
     """
     num_bytes = path.stat().st_size
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        prefix = stream.read(_LENGTH_BYTES)
+        length = int.from_bytes(prefix, "little")
         if not 2 <= length <= min(_MAX_HEADER_BYTES, num_bytes - _LENGTH_BYTES):
             raise ValueError(f"{path} is no safetensors file")
-        header = json.loads(stream.read(length))
+        header = prefix + stream.read(length)
+    entries = parse_header(header, str(path))
+    offset = len(header)
+    if num_bytes != offset + max((entry.end for entry in entries), default=0):
+        raise ValueError(f"{path} is cut short or has bytes too many")
+    return FileHeader(path=path, entries=entries, data_offset=offset, num_bytes=num_bytes)
+
+
+def parse_header(header: bytes, name: str) -> tuple[TensorEntry, ...]:
+    """Return a file's tensors in the order of their data.
+
+    Args:
+        header: all that comes before the data.
+        name: of the file, for the message.
+
+    Raises:
+        ValueError: it is no header.
+    """
     try:
         entries = [
             TensorEntry(
-                name=name,
+                name=tensor,
                 dtype=str(entry["dtype"]),
                 shape=tuple(int(size) for size in entry["shape"]),
                 begin=int(entry["data_offsets"][0]),
                 end=int(entry["data_offsets"][1]),
             )
-            for name, entry in header.items()
-            if name != "__metadata__"
+            for tensor, entry in json.loads(header[_LENGTH_BYTES:]).items()
+            if tensor != "__metadata__"
         ]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} has a damaged safetensors header: {error!r}") from None
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    offset = _LENGTH_BYTES + length
-    if num_bytes != offset + max((entry.end for entry in entries), default=0):
-        raise ValueError(f"{path} is cut short or has bytes too many")
-    return FileHeader(path=path, entries=tuple(entries), data_offset=offset, num_bytes=num_bytes)
+        raise ValueError(f"{name} has a damaged safetensors header: {error!r}") from None
+    return tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end)))
