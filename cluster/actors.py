@@ -1,4 +1,4 @@
-"""What runs in Ray's processes: an evaluator, a search, a builder of levels. Plain classes.
+"""What runs in Ray's processes: evaluators, a search, a builder, a server. Plain classes.
 
 They are wrapped elsewhere and only delegate. Construction stores, `start` builds, so that whatever
 goes wrong in building reaches the driver as the exception it was.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -156,6 +157,31 @@ class LevelActor:
     def build(self, block: int) -> None:
         """Build the levels of one block."""
         self._builder.build(block)
+
+
+class RangeServer:
+    """Reads ranges of some files.
+
+    Args:
+        folder: of the files.
+        names: of those that may be read.
+    """
+
+    def __init__(self, folder: str, names: Sequence[str]) -> None:
+        self._paths = {name: Path(folder) / name for name in names}
+
+    def num_bytes(self, name: str) -> int:
+        """Return a file's size; -1 where it is not to be read."""
+        path = self._paths[name]
+        try:
+            with path.open("rb") as stream:
+                return stream.seek(0, 2)
+        except OSError:
+            return -1
+
+    def read(self, name: str, begin: int, count: int) -> NDArray[np.uint8]:
+        """Return so many bytes of a file, fewer where it ends before."""
+        return np.fromfile(self._paths[name], dtype=np.uint8, count=count, offset=begin)
 
 
 # Any: the builders' own types, imported only where they run.

@@ -3,8 +3,9 @@
 The model's arrays are put into Ray's shared memory once; every node gets them once, and its
 replicas read them in place. With shards a replica is a pipeline of actors in a placement group of
 its own, which keeps them together where that goes; each is given the drop order of its own blocks
-and reads its own weights from the model's folder, which every node must reach. What this module
-does not know: what is learned, and where it is recorded.
+and reads its own weights from the model's folder or URL, or by ranges from the driver's node where
+it does not see that folder. What this module does not know: what is learned, and where it is
+recorded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -47,6 +49,7 @@ from unicuco.errors import RequestError
 
 if TYPE_CHECKING:
     from unicuco.evaluate import EvaluatorConfig
+    from unicuco.models.weights import WeightSource
 
 
 class RayBackend:
@@ -158,7 +161,8 @@ class RayBackend:
         self._connect(under_way + sum(array.nbytes for array in arrays.values()))
         costs = measured_costs(evaluator, context=arrays["text/ids"].shape[1])
         plan = plan_shards(costs, self._shards, memory_bytes=largest_memory_bytes())
-        configs = sharding.stage_configs(evaluator, plan)
+        weights = self._reachable(evaluator.weights)
+        configs = sharding.stage_configs(replace(evaluator, weights=weights), plan)
         parts = [sharding.stage_arrays(config, arrays) for config in configs]
         shared = [ray.put(dict(part)) for part in parts]
         share, environment = self._cpu_share(), self._environment()
@@ -180,6 +184,17 @@ class RayBackend:
             return PipelineReplica(handles, group)
 
         return start_pipeline
+
+    def _reachable(self, weights: WeightSource | None) -> WeightSource | None:
+        """Return a source that every node can read: a folder may be this node's alone."""
+        from cluster.weights import NodeSource, start_range_server
+        from unicuco.models.weights import FolderSource
+
+        if self._address == "local" or not isinstance(weights, FolderSource):
+            return weights
+        server = start_range_server(weights, self._environment())
+        self._stack.callback(ray.kill, server)
+        return NodeSource(weights, server)
 
     # Any: as `start`
     def build_levels(

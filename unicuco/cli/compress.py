@@ -22,7 +22,7 @@ from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 @with_fields("asked", RequestChoices, without=("context",))
 def compress(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="reference, a Hugging Face folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="reference, a folder, URL or hub id.")],
     out: VariantOutOption,
     run: Annotated[
         Path | None,

@@ -13,7 +13,9 @@ from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 
 def evaluate(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A variant or any model folder.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="A variant or any model, as a folder or URL.")
+    ],
     reference: Annotated[
         str | None, typer.Option("--reference", help="The dense model to measure KL against.")
     ] = None,

@@ -17,7 +17,7 @@ from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 @with_learn_options
 def learn(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="reference, a Hugging Face folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="reference, a folder, URL or hub id.")],
     out: Annotated[Path, typer.Option("--out", help="The run folder to make.")],
     learning: LearnChoices,
     resume: Annotated[

@@ -63,6 +63,15 @@ def resolve_model(name: str) -> Path:
     return folder
 
 
+def local_copy(name: str | Path) -> str | Path:
+    """Return a model's local copy if its name is a URL, else the name as it is.
+
+    Raises:
+        ModelError: there is no model, or it can't be fetched.
+    """
+    return resolve_model(name) if isinstance(name, str) and is_url(name) else name
+
+
 def check_model_folder(folder: Path) -> None:
     """Check that the folder holds a configuration and whole safetensors weights, by their headers.
 

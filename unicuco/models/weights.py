@@ -8,6 +8,7 @@ what a tensor is for, and how other processes pass bytes on.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -71,10 +72,11 @@ class FolderSource:
     files: tuple[WeightFile, ...]
 
     def check(self, file: WeightFile) -> None:
-        """Compare the file's size."""
+        """Open the file and compare its size."""
         path = Path(self.place) / file.name
         try:
-            num_bytes = path.stat().st_size
+            with path.open("rb") as stream:
+                num_bytes = os.fstat(stream.fileno()).st_size
         except OSError as error:
             if not Path(self.place).is_dir():
                 raise ModelError(f"no model folder at {self.place}") from error

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from unicuco.errors import ModelError, TextError
 from unicuco.export.document import DOCUMENT_NAME, read_variant
 from unicuco.models import load_tokenizer
+from unicuco.models.folder import local_copy
 from unicuco.objectives import DenseReference
 from unicuco.pipeline.options import ProgressSink
 from unicuco.pipeline.predicting import Predictor, open_predictors
@@ -63,10 +64,12 @@ def evaluate_variant(
         ModelError: no usable model, one that predicts NaN, or a reference with another vocabulary.
         TextError: the text can't be read or is too short.
     """
+    folder = local_copy(folder)
+    dense_name = None if reference is None else local_copy(reference)
     site_weights = 0
     if (Path(folder) / DOCUMENT_NAME).is_file():
         site_weights = read_variant(Path(folder)).site_weights
-    model, *others = open_predictors(folder, *([] if reference is None else [reference]))
+    model, *others = open_predictors(folder, *([] if dense_name is None else [dense_name]))
     dense = others[0] if others else None
     loaded = model.loaded
     if dense and dense.loaded.profile.vocabulary_size != loaded.profile.vocabulary_size:
