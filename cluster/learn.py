@@ -97,12 +97,15 @@ class LearnConfig(BaseModel):
         """
         from unicuco.pipeline import LearnOptions
         from unicuco.pipeline.options import parse_tasks
+        from unicuco.pipeline.publishing import run_place
 
+        folder, publish_to = run_place(self.out)
         given = self.dimensions
         names = given.split(",") if isinstance(given, str) else given
         return LearnOptions(
             model=self.model,
-            out=Path(self.out),
+            out=folder,
+            publish_to=publish_to,
             pruner=self.pruner,
             granularity=self.granularity,
             dimensions=tuple(name.strip() for name in names),
@@ -177,8 +180,8 @@ def _learn(config: LearnConfig) -> int:
     print(f"options {json.dumps(effective)}", flush=True)
     from unicuco.pipeline import learn
 
-    run = learn(options, backend=config.backend(), progress=_Lines())
-    print(f"learned {run.folder}", flush=True)
+    learn(options, backend=config.backend(), progress=_Lines())
+    print(f"learned {options.place}", flush=True)
     return 0
 
 

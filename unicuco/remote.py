@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,7 @@ class RemoteFolder:
             StorageError: the store can't be reached or refuses.
         """
         asked = list(names)
+        self._files.invalidate_cache()
         with ThreadPoolExecutor(_CALLS) as pool:
             found = pool.map(self._state, asked)
             return {name: state for name, state in zip(asked, found, strict=True) if state}
@@ -156,6 +158,47 @@ class RemoteFolder:
                 self._read_range(name, begin, part, state.num_bytes)
                 file.write(part)
 
+    def put(self, name: str, source: Path) -> None:
+        """Write a file, over what stands there.
+
+        Raises:
+            StorageError: the store can't be reached or refuses.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._files.put_file(str(source), self._path(name))
+                return
+            except (NotImplementedError, PermissionError) as error:
+                raise self._refused(name, error, "written") from error
+            except Exception as error:  # every store raises its own
+                if attempt == _ATTEMPTS:
+                    raise self._refused(name, error, "written") from error
+                time.sleep(_PAUSE_S * attempt)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; those that are not there are no matter.
+
+        Raises:
+            StorageError: the store can't be reached or refuses.
+        """
+        for name in names:
+            try:
+                self._files.rm_file(self._path(name))
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # every store raises its own
+                raise self._refused(name, error, "removed") from error
+
+    def check_writable(self, name: str) -> None:
+        """Write an empty file under a name and remove it.
+
+        Raises:
+            StorageError: nothing can be written here.
+        """
+        with tempfile.NamedTemporaryFile() as empty:
+            self.put(name, Path(empty.name))
+        self.remove([name])
+
     def _state(self, name: str) -> RemoteState | None:
         try:
             info = self._files.info(self._path(name))
@@ -196,13 +239,13 @@ class RemoteFolder:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _refused(self, name: str, error: BaseException) -> StorageError:
+    def _refused(self, name: str, error: BaseException, what: str = "read") -> StorageError:
         if isinstance(error, FileNotFoundError):
             return StorageError(f"there is no {self.url}/{name}")
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         kind = type(error).__name__
         return StorageError(
-            f"{self.url}/{name} can't be read: {f'{kind}: {lines[0]}' if lines else kind}"
+            f"{self.url}/{name} can't be {what}: {f'{kind}: {lines[0]}' if lines else kind}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +17,7 @@ from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 def learn(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="reference, a folder, URL or hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="The run folder to make.")],
+    out: Annotated[str, typer.Option("--out", help="The run to make: a folder, or a URL.")],
     learning: LearnChoices,
     resume: Annotated[
         bool,
@@ -36,9 +35,13 @@ def learn(
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
         check_address(address, replicas=replicas, shards=learning.shards)
         from unicuco.pipeline import learn as learn_run
+        from unicuco.pipeline.publishing import run_place
 
-        options = learning.to_domain(model, out, replicas=replicas, resume=resume)
+        folder, publish_to = run_place(out)
+        options = learning.to_domain(
+            model, folder, replicas=replicas, resume=resume, publish_to=publish_to
+        )
         backend = open_backend(address, replicas=replicas, shards=learning.shards)
         with ProgressDisplay() as progress:
             run = learn_run(options, backend=backend, progress=progress)
-        terminal.show(run_document(run), describe_run(run))
+        terminal.show(run_document(run, options.place), describe_run(options.place))

@@ -123,7 +123,9 @@ class LearnChoices:
         int, typer.Option("--shards", min=1, help="Parts per copy.", rich_help_panel="Cluster")
     ] = 1
 
-    def to_domain(self, model: str, out: Path, *, replicas: int, resume: bool) -> LearnOptions:
+    def to_domain(
+        self, model: str, out: Path, *, replicas: int, resume: bool, publish_to: str = ""
+    ) -> LearnOptions:
         """Return the options of learning one run.
 
         Raises:
@@ -140,6 +142,7 @@ class LearnChoices:
             tasks=parse_tasks(self.tasks or ()),
             replicas=replicas,
             resume=resume,
+            publish_to=publish_to,
             **same,
         )
 

@@ -16,7 +16,7 @@ BaseOption = Annotated[
     str | None,
     typer.Option("--base", help="Where the base model lies now, if not where it was learned."),
 ]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder, made by learn.")]
+RunArgument = Annotated[str, typer.Argument(help="A run, made by learn: a folder, or a URL.")]
 
 
 @with_request_options

@@ -9,6 +9,8 @@ import typer
 
 from unicuco.cli.plan import BaseOption, RunArgument
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
+from unicuco.errors import RequestError
+from unicuco.remote import local_path
 
 
 def report(
@@ -23,8 +25,12 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: front, strategies, predictions, learning, costs."""
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
+        if out is None:
+            folder = local_path(run)
+            if folder is None:
+                raise RequestError("the page of a run at a URL needs a place: name it with --out")
+            out = folder / "report.html"
         from unicuco.pipeline import Run, write_report
 
-        path = out or run / "report.html"
-        write_report(Run.open(run, base=base), path)
-        terminal.show({"report": str(path), "bytes": path.stat().st_size}, f"written to {path}")
+        write_report(Run.open(run, base=base), out)
+        terminal.show({"report": str(out), "bytes": out.stat().st_size}, f"written to {out}")

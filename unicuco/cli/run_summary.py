@@ -8,19 +8,19 @@ if TYPE_CHECKING:
     from unicuco.pipeline import Run
 
 
-def run_document(run: Run) -> dict[str, object]:
-    """Return what ``learn --json`` prints: the folder and its manifest."""
-    return {"run": str(run.folder), "manifest": run.manifest}
+def run_document(run: Run, place: str) -> dict[str, object]:
+    """Return what ``learn --json`` prints: where the run is, and its manifest."""
+    return {"run": place, "manifest": run.manifest}
 
 
-def describe_run(run: Run) -> str:
-    """Return what to do next with a run."""
+def describe_run(place: str) -> str:
+    """Return what to do next with a run, by its folder or URL."""
     from rich.markup import escape
 
-    folder = escape(str(run.folder))
+    name = escape(place)
     return (
-        f"run written to [bold]{folder}[/bold]; try\n"
-        f"  unicuco plan {folder} --sparsity 0.6\n"
-        f"  unicuco front {folder} --plot front.png\n"
-        f"  unicuco prune {folder} --sparsity 0.6 --out VARIANT"
+        f"run written to [bold]{name}[/bold]; try\n"
+        f"  unicuco plan {name} --sparsity 0.6\n"
+        f"  unicuco front {name} --plot front.png\n"
+        f"  unicuco prune {name} --sparsity 0.6 --out VARIANT"
     )

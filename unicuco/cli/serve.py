@@ -19,7 +19,7 @@ _OBJECTS_BYTES = 64 * 2**20  # Serve passes bodies and answers, never weights
 
 def serve(
     ctx: typer.Context,
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, made by learn.")],
+    runs: Annotated[list[str], typer.Argument(help="Runs, made by learn: folders or URLs.")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
     data: Annotated[Path, typer.Option("--data", help="Where variants and jobs are kept.")] = Path(
@@ -49,9 +49,10 @@ def serve(
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
         from serve.config import KEYS_VARIABLE, EngineOptions, PruningOptions, ServeConfig
         from unicuco.errors import RequestError
+        from unicuco.pipeline.run_copy import copy_of_run
 
         config = ServeConfig.of_runs(
-            runs,
+            [copy_of_run(run).need_all() for run in runs],
             data=data,
             store=store,
             api_keys=os.environ.get(KEYS_VARIABLE, ""),

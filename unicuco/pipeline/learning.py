@@ -7,13 +7,10 @@ measured is in the store before it counts.
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
-from unicuco.errors import RunError, StorageError, UnicucoError
+from unicuco.errors import RunError
 from unicuco.files import file_digest
 from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS
@@ -33,7 +30,9 @@ from unicuco.pipeline.files import save_json, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.pictures import draw_front, draw_strategies
 from unicuco.pipeline.preparation import Prepared, allocation_context, build_levels, prepare
+from unicuco.pipeline.publishing import Publisher
 from unicuco.pipeline.run import FORMAT, MANIFEST, Run, profile_document
+from unicuco.pipeline.run_folder import opened
 from unicuco.search import learn_network
 from unicuco.search.drive import AskTell, Pool, Progress, drive
 from unicuco.store import EvaluationStore, Measurement
@@ -41,7 +40,6 @@ from unicuco.stratnet import StratNet, StratNetAllocator
 from unicuco.surrogate import GaussianProcess, Intervals, Surrogate, TaskSurrogates
 from unicuco.types import Evaluation, ServedAs, Strategy
 
-_DATABASE: Final = "evaluations.db"
 _FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
 _VALIDATION_POINTS: Final = 12
 _RIVAL_SPARSITIES: Final = (0.5, 0.65, 0.8)
@@ -65,8 +63,12 @@ def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) ->
         UnicucoError: model, text, storage or cluster refuse; what was measured stays in the store.
     """
     folder = options.out
-    with _opened(options) as store:
+    publisher = Publisher(options)
+    publisher.begin()
+    with opened(options) as store:
         prepared = _prepared(options, store, progress)
+        publisher.checkpoint(progress, store)
+        progress = publisher.watching(progress, store)
         _evaluate(options, prepared, store, backend, progress)
         evaluations = [(ask.strategy, o) for ask, o in store.read() if isinstance(o, Evaluation)]
         progress(Progress(stage="train", done=0, total=1, detail=f"{len(evaluations)} evaluations"))
@@ -77,76 +79,11 @@ def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) ->
         progress(Progress(stage="train", done=1, total=1))
         validation, intervals = _validate(prepared, surrogate, net, store, progress)
         _write(options, prepared, store, surrogate, net, intervals, validation)
-    run = Run.open(folder)
-    draw_front(run, folder / "front.png")
-    draw_strategies(run, folder / "strategies.png")
+        run = Run.open(folder)
+        draw_front(run, folder / "front.png")
+        draw_strategies(run, folder / "strategies.png")
+        publisher.publish(store)
     return run
-
-
-@contextmanager
-def _opened(options: LearnOptions) -> Iterator[EvaluationStore]:
-    """Open the run's folder and store; what was made for a run that never began goes again."""
-    folder = options.out
-    was_empty = not (folder.is_dir() and any(folder.iterdir()))
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    begun = False
-    _open_folder(options)
-    try:
-        with EvaluationStore.open(options.out / _DATABASE, create=True) as store:
-            begun = True  # by another driver, who came first, if the lease is refused
-            store.acquire_lease("learn")
-            try:
-                yield store
-            finally:
-                begun = _has_begun(store)
-    except BaseException:
-        if was_empty and not begun:
-            _empty(folder)
-            for place in made:
-                with suppress(OSError):  # somebody else's file came meanwhile
-                    place.rmdir()
-        raise
-
-
-def _has_begun(store: EvaluationStore) -> bool:
-    try:
-        return store.get_meta("prepared") is not None
-    except UnicucoError:
-        return True  # what can't be told apart from a run is kept
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _open_folder(options: LearnOptions) -> None:
-    folder = options.out
-    if (folder / MANIFEST).exists() and not options.resume:
-        raise RunError(
-            f"{folder} already holds a run; add --resume to extend it, or choose another folder"
-        )
-    if (folder / _DATABASE).exists() and not options.resume:
-        raise RunError(
-            f"{folder} holds an unfinished run; add --resume to go on, or choose another folder"
-        )
-    if (folder / MANIFEST).exists() and not _holds_something(folder / _DATABASE):
-        raise RunError(f"{folder} is damaged: its {_DATABASE} is empty; learn into another folder")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; choose another place for the run")
-    if folder.exists() and not (folder / _DATABASE).exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty and holds no run; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} can't be made: {error.strerror or error}") from error
-
-
-def _holds_something(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def _prepared(options: LearnOptions, store: EvaluationStore, progress: ProgressSink) -> Prepared:
@@ -172,7 +109,7 @@ def _check_identity(
         differing = [name for name, value in identity.items() if recorded.get(name) != value]
         if differing:
             raise RunError(
-                f"{options.out} was begun with another {' and '.join(differing)}; "
+                f"{options.place} was begun with another {' and '.join(differing)}; "
                 "resume it with the same options, or choose another folder"
             )
 

@@ -35,6 +35,7 @@ _TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 class LearnOptions:
     """Options of ``unicuco learn``; the same names in the cluster's YAML.
 
+    ``out`` is the folder to learn in, and ``publish_to`` the URL where the run shall lie, or empty;
     ``pruner`` is a metric of the drop order, or sparsegpt, whose sites come from a level database;
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
     are tokens per evaluation; ``shards`` are the actors that each replica's blocks are spread over;
@@ -69,6 +70,7 @@ class LearnOptions:
     rounding: str = "nearest"
     resume: bool = False
     max_sparsity: float = 0.9
+    publish_to: str = ""
 
     def __post_init__(self) -> None:
         _one_of("pruner", self.pruner, [*METRICS, *LEVEL_PRUNERS])
@@ -129,6 +131,11 @@ class LearnOptions:
         if self.calibration_sampling != Sampling.EVEN:
             raise RequestError("tasks share the calibration text evenly: sampling must be even")
         _at_least("tokens", self.tokens, 2 * len(names))
+
+    @property
+    def place(self) -> str:
+        """Where the run lies, for messages."""
+        return self.publish_to or str(self.out)
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Final
 
 from unicuco.files import replace_with
 from unicuco.pipeline.pictures import draw_front, draw_strategies
-from unicuco.pipeline.run import MANIFEST, Run
+from unicuco.pipeline.run import DATABASE, MANIFEST, Run
 from unicuco.plots import plot_learning, plot_predictions
 from unicuco.search.hypervolume import WORST_KL, quality_volume
 from unicuco.store import EvaluationStore
@@ -62,13 +62,14 @@ def write_report(run: Run, path: Path) -> None:
         StorageError: the disk refused, or the store can't be read.
         RunError: the store is damaged.
     """
+    run.copy.need(DATABASE)
     page = _page(run)
     replace_with(path, lambda target: _write(target, page))
 
 
 def learning_curve(run: Run) -> list[LearningPoint]:
     """Return how the search went, one point per evaluation in the order asked."""
-    with EvaluationStore.open(run.folder / "evaluations.db", create=False) as store:
+    with EvaluationStore.open(run.folder / DATABASE, create=False) as store:
         before = sum(item.cost_units for item in store.measurements() if not item.strategy_key)
         outcomes = [outcome for _, outcome in store.read() if isinstance(outcome, Evaluation)]
     spent = accumulate((outcome.cost_units for outcome in outcomes), initial=before)
@@ -209,7 +210,7 @@ def _interpolated(curve: Sequence[tuple[float, float]], sparsity: float) -> floa
 
 
 def _costs(run: Run) -> str:
-    with EvaluationStore.open(run.folder / "evaluations.db", create=False) as store:
+    with EvaluationStore.open(run.folder / DATABASE, create=False) as store:
         measurements = store.measurements()
         outcomes = [outcome for _, outcome in store.read()]
     done = [outcome for outcome in outcomes if isinstance(outcome, Evaluation)]

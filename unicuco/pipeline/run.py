@@ -24,6 +24,7 @@ from unicuco.levels import LevelDatabase
 from unicuco.models import model_digest, resolve_model
 from unicuco.pipeline.files import load_json, load_tensors
 from unicuco.pipeline.planner import FrontPoint, Planner
+from unicuco.pipeline.run_copy import RunCopy, copy_of_run
 from unicuco.ranks import RankStore
 from unicuco.stratnet import NetKind, StratNet, StratNetAllocator
 from unicuco.surrogate import (
@@ -38,6 +39,7 @@ from unicuco.surrogate import (
 from unicuco.types import ModelProfile, Part, Plan, Request, Site
 
 MANIFEST: Final = "run.json"
+DATABASE: Final = "evaluations.db"
 FORMAT: Final = 2
 _CURVES: Final = ("stratnet", "uniform", "fisher")  # measured on the validation text
 _KINDS: Final = {"default": NetKind.SIZE, "paper": NetKind.PREFERENCE}
@@ -47,15 +49,24 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies, or its copy does.
+        copy: brings files into the folder, where the run lies at a URL.
         manifest: the contents of ``run.json``.
         profile: of the base model.
         seed: of learning.
         validation: measured (sparsity, KL) on the validation text, by allocator.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], *, base: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        *,
+        base: str | None,
+        copy: RunCopy | None = None,
+    ) -> None:
         self.folder = folder
+        self.copy = copy or RunCopy(folder)
         self.manifest = manifest
         try:
             self.profile = _profile(manifest["profile"])
@@ -78,24 +89,29 @@ class Run:
             ) from error
 
     @classmethod
-    def open(cls, folder: Path, *, base: str | None = None) -> Run:
-        """Open a run folder.
+    def open(cls, name: Path | str, *, base: str | None = None) -> Run:
+        """Open a run; of one at a URL the small files are fetched, the others when needed.
 
         Args:
-            folder: of the run.
+            name: the run's folder, or its URL.
             base: the base model, where it no longer lies where the run was learned.
 
         Raises:
             RunError: no run, an unfinished, altered or damaged one, or one of another format.
+            StorageError: the URL can't be reached.
         """
+        copy = copy_of_run(name)
+        folder = copy.folder
+        copy.need(MANIFEST)
         if not folder.is_dir():
             raise RunError(
                 f"{folder} is no run folder; learn one with: unicuco learn MODEL --out {folder}"
             )
-        if not (folder / MANIFEST).exists() and (folder / "evaluations.db").exists():
+        begun = (folder / DATABASE).exists() or copy.remote is not None
+        if begun and not (folder / MANIFEST).exists():
             raise RunError(
-                f"{folder} holds an unfinished run; "
-                f"finish it with: unicuco learn MODEL --out {folder} --resume"
+                f"{copy.place} holds an unfinished run; "
+                f"finish it with: unicuco learn MODEL --out {copy.place} --resume"
             )
         manifest = load_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT:
@@ -106,13 +122,14 @@ class Run:
         files = manifest.get("files", {})
         if not isinstance(files, dict):
             raise RunError(f"{folder / MANIFEST} is damaged (files); learn the run again")
-        for name, digest in files.items():
-            path = folder / name
+        copy.need(*files)
+        for file, digest in files.items():
+            path = folder / file
             if not path.is_file():
-                raise RunError(f"{folder} is damaged: {name} is missing; learn the run again")
+                raise RunError(f"{copy.place} is damaged: {file} is missing; learn the run again")
             if file_digest(path) != digest:
                 raise RunError(f"{path} was altered since the run was learned; learn the run again")
-        return cls(folder, manifest, base=base)
+        return cls(folder, manifest, base=base, copy=copy)
 
     @cached_property
     def digest(self) -> str:
@@ -122,6 +139,7 @@ class Run:
     @cached_property
     def ranks(self) -> RankStore:
         """The rank store, memory-mapped."""
+        self.copy.need("ranks")
         return RankStore.load(self.folder / "ranks")
 
     @cached_property
@@ -133,6 +151,7 @@ class Run:
         """
         if "levels" not in self.manifest:
             return None
+        self.copy.need(LEVELS)
         database = LevelDatabase(self.folder / LEVELS)
         if database.digest(self.profile) != self.manifest["levels"]["digest"]:
             raise RunError(f"{database.folder} was altered; learn the run again")

@@ -48,6 +48,7 @@ from unicuco.store.schema import (
     row_task,
     task_rows,
 )
+from unicuco.store.snapshot import copy_store
 from unicuco.types import Ask, Outcome, TaskValue
 
 _RENEW_EVERY_S: Final = lease.LEASE_S / 4
@@ -103,6 +104,14 @@ class EvaluationStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def copy_to(self, path: Path) -> None:
+        """Write all that is recorded at this moment into a new SQLite file; see `copy_store`.
+
+        Raises:
+            StorageError: the database or the disk refused.
+        """
+        copy_store(self._database, path)
 
     # --- the lease ------------------------------------------------------------------------------
 

@@ -189,6 +189,22 @@ class StoreContract:
             assert again.asks() == [ask]
             assert list(again.read()) == [(ask, make_outcome(ask))]
 
+    def test_a_copy_holds_all_that_is_recorded_and_nobodys_lease(
+        self, store: EvaluationStore, tmp_path: Path
+    ) -> None:
+        asks = [make_ask(0, position) for position in range(3)]
+        store.acquire_lease("first")
+        store.record_asks(asks)
+        store.append([(ask, make_outcome(ask)) for ask in asks[:2]])
+        store.set_meta("prepared", True)
+        store.copy_to(tmp_path / "copy.db")
+        assert [path.name for path in tmp_path.glob("copy.db*")] == ["copy.db"], "closed and whole"
+        with EvaluationStore.open(tmp_path / "copy.db", create=False) as copy:
+            copy.acquire_lease("second")
+            assert list(copy.read()) == list(store.read())
+            assert copy.asks() == store.asks()
+            assert copy.get_meta("prepared") is True
+
     def test_a_reader_sees_rows_while_the_driver_writes(
         self, store: EvaluationStore, location: str | Path
     ) -> None:

@@ -246,7 +246,7 @@ def test_a_run_interrupted_before_its_first_evaluation_keeps_to_its_options(
 ) -> None:
     with monkeypatch.context() as patch:
         # As if it were killed: nothing is cleared away.
-        patch.setattr("unicuco.pipeline.learning._empty", lambda folder: None)
+        patch.setattr("unicuco.pipeline.run_folder._empty", lambda folder: None)
         with pytest.raises(_Stop):
             learn_tiny(stop_at("fisher", 0))
     assert RankStore.load(tmp_path / "run" / "ranks").metric == "wanda"
