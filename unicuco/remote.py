@@ -22,7 +22,7 @@ from unicuco.errors import StorageError
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _LOCAL: Final = ("file", "local")
-# What stores call a state of a file: a change of contents changes one of them.
+# What stores call a state of a file, the surest first.
 _VERSIONS: Final = (
     "ETag", "etag", "md5Hash", "Content-MD5", "generation", "version_id",
     "mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created",
@@ -31,6 +31,7 @@ _CHUNK_BYTES: Final = 1 << 24
 _ATTEMPTS: Final = 3
 _PAUSE_S: Final = 0.5
 _CALLS: Final = 8  # at a time
+_ABSENT: Final = (403, 404)  # answers of web servers; 403 as below
 
 
 def is_url(name: str) -> bool:
@@ -102,7 +103,7 @@ class RemoteFolder:
         return RemoteFolder, (self.url,)
 
     def states(self, names: Iterable[str]) -> dict[str, RemoteState]:
-        """Return the states of those files that exist.
+        """Return the states of those files that exist and may be read.
 
         Raises:
             StorageError: the store can't be reached or refuses.
@@ -202,18 +203,21 @@ class RemoteFolder:
     def _state(self, name: str) -> RemoteState | None:
         try:
             info = self._files.info(self._path(name))
+        except PermissionError:  # a store that may not be listed says so of what is not there
+            return None
         except FileNotFoundError as error:
             # fsspec says so too where a web server refuses or can't be reached.
-            if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
+            cause = error.__cause__
+            if cause is None or getattr(cause, "status", None) in _ABSENT:
                 return None
-            raise self._refused(name, error.__cause__) from error
+            raise self._refused(name, cause) from error
         except Exception as error:  # every store raises its own
             raise self._refused(name, error) from error
         if info.get("type") == "directory":
             return None
         if info.get("size") is None:
             raise StorageError(f"{self.url}/{name}: the server does not tell its size")
-        version = " ".join(f"{word}={info[word]}" for word in _VERSIONS if info.get(word))
+        version = next((f"{word} {info[word]}" for word in _VERSIONS if info.get(word)), "")
         return RemoteState(num_bytes=int(info["size"]), version=version)
 
     def _read_range(self, name: str, begin: int, target: memoryview, num_bytes: int) -> None:

@@ -15,7 +15,7 @@ from unicuco.testing import tiny_model_folder
 from unicuco.testing.cases import make_evaluation_case
 from unicuco.types import Ask, Evaluation
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
 
 def test_each_shard_fetches_its_own_tensors_and_their_files_headers(

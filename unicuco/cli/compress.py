@@ -14,7 +14,7 @@ from unicuco.cli.plan_table import plan_table
 from unicuco.cli.progress import ProgressDisplay
 from unicuco.cli.prune import VariantOutOption
 from unicuco.cli.request_options import RequestChoices
-from unicuco.cli.shared_options import with_fields
+from unicuco.cli.shared_options import folder_here, with_fields
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 
 
@@ -27,7 +27,10 @@ def compress(
     run: Annotated[
         Path | None,
         typer.Option(
-            "--run", help="The run to use, learned first when there is none; else OUT.run."
+            "--run",
+            parser=folder_here,
+            metavar="PATH",
+            help="The run to use, learned first when there is none; else OUT.run.",
         ),
     ] = None,
     *,

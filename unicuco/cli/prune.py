@@ -10,20 +10,12 @@ import typer
 from unicuco.cli.plan import BaseOption, RunArgument
 from unicuco.cli.plan_table import plan_table
 from unicuco.cli.request_options import RequestChoices, with_request_options
+from unicuco.cli.shared_options import folder_here
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
-from unicuco.remote import local_path
-
-
-def _folder(text: str) -> Path:
-    path = local_path(text)
-    if path is None:
-        raise typer.BadParameter("a variant is written to a folder here, not to a URL")
-    return path
-
 
 VariantOutOption = Annotated[
     Path,
-    typer.Option("--out", parser=_folder, metavar="PATH", help="The variant folder to make."),
+    typer.Option("--out", parser=folder_here, metavar="PATH", help="The variant folder to make."),
 ]
 
 

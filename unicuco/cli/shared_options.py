@@ -1,7 +1,7 @@
 """Options that several commands share, declared once as the fields of a dataclass.
 
 A command that takes them has one parameter of the dataclass' type; Typer sees the fields as options
-in its place.
+in its place. Also how options are read that must name a folder here.
 """
 
 from __future__ import annotations
@@ -10,9 +10,26 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
+import typer
+
+from unicuco.remote import local_path
+
 Command = Callable[..., None]
+
+
+def folder_here(text: str) -> Path:
+    """Read an option that names a folder of this machine.
+
+    Raises:
+        typer.BadParameter: it names a URL.
+    """
+    path = local_path(text)
+    if path is None:
+        raise typer.BadParameter("it must be a folder here, not a URL")
+    return path
 
 
 # Any: commands have signatures of their own, and dataclasses share no type.

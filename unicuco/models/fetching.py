@@ -73,7 +73,9 @@ def fetch_model(url: str) -> Path:
     remote = RemoteFolder(url)
     small = remote.states(_SMALL_FILES)
     if _CONFIG not in small:
-        raise ModelError(f"no model at {remote.url}: there is no {_CONFIG}")
+        raise ModelError(
+            f"no model at {remote.url}: there is no {_CONFIG}, or it may not be read from here"
+        )
     contents = {
         name: remote.read(name, state, _MAX_SMALL_BYTES) for name, state in sorted(small.items())
     }

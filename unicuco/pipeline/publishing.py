@@ -2,7 +2,9 @@
 
 Files go up as they are in the run folder, only those that changed, with a copy of the live store;
 ``run.json`` comes after them and ``snapshot.json`` last, so a reader who goes by it sees a whole
-state. Where the connection is gone at a checkpoint, the next one catches up.
+state. Before a file is replaced the snapshot says by what, so that a driver killed in the middle
+leaves a run that goes on. Single files must come whole or not at all, as object stores have it.
+Where the connection is gone at a checkpoint, the next one catches up.
 
 A lease guards the live store, which is local; between machines the snapshot's writer does: whoever
 resumes a run takes it over, and a driver that finds another's name there stops. What this module
@@ -150,16 +152,25 @@ class Publisher:
             paths = {**dict(self._files()), DATABASE: copy}
             files = {name: self._state(path) for name, path in sorted(paths.items())}
             stand = {} if before is None else before.files
+            changed = {name: own for name, own in files.items() if stand.get(name) != own}
+            if changed.keys() & stand.keys():
+                self._put_snapshot(
+                    scratch, Snapshot(writer=self._writer, files=stand, coming=changed)
+                )
             # The manifest after all that it names.
-            for name in sorted(files, key=lambda name: (name == MANIFEST, name)):
-                if stand.get(name) != files[name]:
-                    self._remote.put(name, paths[name])
-            snapshot = Snapshot(writer=self._writer, files=files)
-            if snapshot != before:
-                replace_bytes(Path(scratch) / SNAPSHOT, snapshot.to_json())
-                self._remote.put(SNAPSHOT, Path(scratch) / SNAPSHOT)
+            for name in sorted(changed, key=lambda name: (name == MANIFEST, name)):
+                self._remote.put(name, paths[name])
+            after = Snapshot(writer=self._writer, files=files)
+            if after != before:
+                self._put_snapshot(scratch, after)
         self._known_writers = {self._writer}
         self._remote.remove(stand.keys() - files.keys())
+
+    def _put_snapshot(self, scratch: str, snapshot: Snapshot) -> None:
+        assert self._remote is not None, "somewhere"
+        path = Path(scratch) / SNAPSHOT
+        replace_bytes(path, snapshot.to_json())
+        self._remote.put(SNAPSHOT, path)
 
     def _own_name(self) -> str:
         """Return the name that this machine's folder of the run publishes under."""

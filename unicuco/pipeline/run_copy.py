@@ -37,10 +37,15 @@ class FileState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A state of a run: files by name, ``/`` between folders; ``writer`` tells drivers apart."""
+    """A state of a run: files by name, ``/`` between folders; ``writer`` tells drivers apart.
+
+    ``coming`` are the files that are being replaced, as they will be: a driver that is killed
+    meanwhile leaves some of them as the one and some as the other.
+    """
 
     writer: str
     files: dict[str, FileState]
+    coming: dict[str, FileState] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """Return it as `parse_snapshot` reads it."""
@@ -55,13 +60,16 @@ def parse_snapshot(data: bytes, where: str) -> Snapshot:
     """
     try:
         document = json.loads(data)
-        files = {name: FileState(**state) for name, state in document["files"].items()}
-        snapshot = Snapshot(writer=str(document["writer"]), files=files)
+        files, coming = (
+            {name: FileState(**state) for name, state in document[kind].items()}
+            for kind in ("files", "coming")
+        )
+        snapshot = Snapshot(writer=str(document["writer"]), files=files, coming=coming)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{where} is damaged ({error!r}); publish the run again") from error
     if document.get("format") != _FORMAT:
         raise RunError(f"{where} has format {document.get('format')}; this version reads {_FORMAT}")
-    for name, state in files.items():
+    for name, state in (*files.items(), *coming.items()):
         parts = PurePosixPath(name).parts
         is_inside = parts and "/".join(parts) == name and ".." not in parts and parts[0] != "/"
         if not (is_inside and _SHA256.fullmatch(str(state.sha256)) and state.num_bytes >= 0):
@@ -92,16 +100,21 @@ def fetch_files(
         RunError: a file is not the one that the snapshot names.
         StorageError: the store or the disk refuses.
     """
-    for name, state in snapshot.files.items():
+    missing = [name for name in snapshot.files if wanted(name) and not (folder / name).is_file()]
+    states = remote.states(missing)
+    for name in missing:
+        known = {snapshot.files[name], snapshot.coming.get(name, snapshot.files[name])}
         path = folder / name
-        if wanted(name) and not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_with(path, partial(_fetch, remote, name, state))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_with(path, partial(_fetch, remote, name, states.get(name), known))
 
 
-def _fetch(remote: RemoteFolder, name: str, state: FileState, path: Path) -> None:
-    remote.fetch(name, RemoteState(num_bytes=state.num_bytes, version=""), path)
-    if file_digest(path) != state.sha256:
+def _fetch(
+    remote: RemoteFolder, name: str, state: RemoteState | None, known: set[FileState], path: Path
+) -> None:
+    if state is not None:
+        remote.fetch(name, state, path)
+    if FileState(num_bytes=path.stat().st_size, sha256=file_digest(path)) not in known:
         raise RunError(
             f"{remote.url}/{name} is not the file that its {SNAPSHOT} names: a driver publishes "
             "just now, or it was altered; try again"

@@ -19,7 +19,7 @@ from unicuco.errors import RunError, StorageError
 from unicuco.models import model_digest
 from unicuco.pipeline import LocalBackend, Progress, Run, learn, prune, publishing, write_report
 from unicuco.pipeline.publishing import run_place
-from unicuco.pipeline.run_copy import SNAPSHOT, parse_snapshot, read_snapshot
+from unicuco.pipeline.run_copy import SNAPSHOT, copy_of_run, parse_snapshot, read_snapshot
 from unicuco.remote import RemoteFolder
 from unicuco.types import Request, Target
 
@@ -56,6 +56,11 @@ def learn_at(tiny_llama: Path, tiny_text_file: Path, machine: object, quick: Non
     return act
 
 
+def files_in(folder: Path) -> set[str]:
+    """Return the names of all files in a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
 def names_at(url: str) -> set[str]:
     """Return the names of all files at a URL."""
     files, root = fsspec.url_to_fs(url)
@@ -66,11 +71,7 @@ def test_a_published_run_is_the_run_and_is_read_as_far_as_it_is_needed(
     url: str, learn_at: LearnAt, machine: Callable[[str], None], tmp_path: Path
 ) -> None:
     learned = learn_at(url)
-    own = {
-        path.relative_to(learned.folder).as_posix()
-        for path in learned.folder.rglob("*")
-        if path.is_file()
-    }
+    own = files_in(learned.folder)
     assert names_at(url) == own | {SNAPSHOT}
     snapshot = read_snapshot(RemoteFolder(url))
     assert snapshot is not None
@@ -86,6 +87,10 @@ def test_a_published_run_is_the_run_and_is_read_as_far_as_it_is_needed(
     fetched = {path.name for path in run.folder.iterdir()}
     assert fetched == {"run.json", *run.manifest["files"]}, "a plan needs no ranks"
     prune(run, HALF, tmp_path / "there")
+    whole = copy_of_run(url).need_all()
+    assert {
+        path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()
+    } == own
     assert model_digest(tmp_path / "there") == model_digest(tmp_path / "here")
     write_report(run, tmp_path / "page.html")
     assert values(run.folder) == values(learned.folder)
@@ -110,6 +115,7 @@ def test_what_is_published_is_whole_at_every_moment(
     assert puts.count(SNAPSHOT) >= puts.count("evaluations.db") > 6
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_off_goes_on_on_another_machine(
     url: str,
     learn_at: LearnAt,
@@ -134,6 +140,34 @@ def test_a_run_that_broke_off_goes_on_on_another_machine(
     assert Run.open(url).manifest["evaluations"] == 8
 
 
+@pytest.mark.slow
+def test_a_driver_that_is_killed_while_it_publishes_leaves_a_run_that_goes_on(
+    url: str,
+    learn_at: LearnAt,
+    machine: Callable[[str], None],
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    genuine = RemoteFolder.put
+    puts: list[str] = []
+
+    def put(self: RemoteFolder, name: str, source: Path) -> None:
+        genuine(self, name, source)
+        puts.append(name)
+        if puts.count("evaluations.db") == 4:
+            raise _Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFolder, "put", put)
+        with pytest.raises(_Stop):
+            learn_at(url)
+    snapshot = read_snapshot(RemoteFolder(url))
+    assert snapshot is not None
+    assert set(snapshot.coming) == {"evaluations.db"}
+    machine("second")
+    assert values(learn_at(url, resume=True).folder) == values(run.folder)
+
+
 def test_a_driver_whose_run_was_taken_over_stops(
     url: str, learn_at: LearnAt, machine: Callable[[str], None]
 ) -> None:
@@ -155,7 +189,7 @@ def test_a_store_that_is_gone_for_a_while_is_told_of_and_caught_up_with(
     genuine = RemoteFolder.put
 
     def put(self: RemoteFolder, name: str, source: Path) -> None:
-        if name == SNAPSHOT and 1 <= len(told) < 3:
+        if name == "evaluations.db" and 1 <= len(told) < 3:
             raise StorageError("nobody answers")
         genuine(self, name, source)
 
@@ -210,6 +244,6 @@ def test_what_lies_at_a_url_is_checked(
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", "."])
 def test_a_snapshot_never_leads_out_of_the_run(name: str) -> None:
     files = {name: {"num_bytes": 1, "sha256": "0" * 64}}
-    data = json.dumps({"format": 1, "writer": "w", "files": files}).encode()
+    data = json.dumps({"format": 1, "writer": "w", "files": {}, "coming": files}).encode()
     with pytest.raises(RunError, match="which is no file of a run"):
         parse_snapshot(data, "here")
