@@ -61,6 +61,7 @@ class LearnConfig(BaseModel):
     seed: int = 0
     resume: bool = False
     max_sparsity: float = 0.9
+    store: str = ""
     address: str | None = None
 
     @classmethod
@@ -106,6 +107,7 @@ class LearnConfig(BaseModel):
             model=self.model,
             out=folder,
             publish_to=publish_to,
+            store=self.store,
             pruner=self.pruner,
             granularity=self.granularity,
             dimensions=tuple(name.strip() for name in names),
@@ -172,10 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _learn(config: LearnConfig) -> int:
+    from unicuco.store.database import display_name
+
     options = config.to_domain()
     effective = config.model_dump() | {
         "evaluations": options.num_evaluations,
         "address": config.effective_address,
+        "store": display_name(config.store),
     }
     print(f"options {json.dumps(effective)}", flush=True)
     from unicuco.pipeline import learn

@@ -23,6 +23,14 @@ def learn(
         bool,
         typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel="Method"),
     ] = False,
+    store: Annotated[
+        str,
+        typer.Option(
+            "--store",
+            help="Database URL that records the run; a file in its folder if left out.",
+            rich_help_panel="Cluster",
+        ),
+    ] = "",
     address: AddressOption = "local",
     replicas: ReplicasOption = 1,
     as_json: JsonOption = False,
@@ -39,7 +47,7 @@ def learn(
 
         folder, publish_to = run_place(out)
         options = learning.to_domain(
-            model, folder, replicas=replicas, resume=resume, publish_to=publish_to
+            model, folder, replicas=replicas, resume=resume, publish_to=publish_to, store=store
         )
         backend = open_backend(address, replicas=replicas, shards=learning.shards)
         with ProgressDisplay() as progress:

@@ -124,7 +124,14 @@ class LearnChoices:
     ] = 1
 
     def to_domain(
-        self, model: str, out: Path, *, replicas: int, resume: bool, publish_to: str = ""
+        self,
+        model: str,
+        out: Path,
+        *,
+        replicas: int,
+        resume: bool,
+        publish_to: str = "",
+        store: str = "",
     ) -> LearnOptions:
         """Return the options of learning one run.
 
@@ -143,6 +150,7 @@ class LearnChoices:
             replicas=replicas,
             resume=resume,
             publish_to=publish_to,
+            store=store,
             **same,
         )
 

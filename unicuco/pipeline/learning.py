@@ -19,7 +19,7 @@ from torch import Tensor
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import RunError
-from unicuco.files import file_digest
+from unicuco.files import file_digest, replace_with
 from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS
 from unicuco.levels import LevelDatabase
@@ -31,7 +31,7 @@ from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.pictures import draw_front, draw_strategies
 from unicuco.pipeline.preparation import Prepared, allocation_context, build_levels, prepare
 from unicuco.pipeline.publishing import Publisher
-from unicuco.pipeline.run import FORMAT, MANIFEST, Run, profile_document
+from unicuco.pipeline.run import DATABASE, FORMAT, MANIFEST, Run, profile_document
 from unicuco.pipeline.run_folder import opened
 from unicuco.search import learn_network
 from unicuco.search.drive import AskTell, Pool, Progress, drive
@@ -78,6 +78,8 @@ def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) ->
         surrogate, net = learn_network(config, evaluations, seed=options.seed)
         progress(Progress(stage="train", done=1, total=1))
         validation, intervals = _validate(prepared, surrogate, net, store, progress)
+        if options.store:
+            replace_with(folder / DATABASE, store.copy_to)
         _write(options, prepared, store, surrogate, net, intervals, validation)
         run = Run.open(folder)
         draw_front(run, folder / "front.png")

@@ -36,6 +36,8 @@ class LearnOptions:
     """Options of ``unicuco learn``; the same names in the cluster's YAML.
 
     ``out`` is the folder to learn in, and ``publish_to`` the URL where the run shall lie, or empty;
+    ``store`` is the URL of a database of the run's own that records it, or empty for a file in
+    ``out``;
     ``pruner`` is a metric of the drop order, or sparsegpt, whose sites come from a level database;
     ``evaluations`` is the total number of strategies asked (none: the preset's default); ``tokens``
     are tokens per evaluation; ``shards`` are the actors that each replica's blocks are spread over;
@@ -71,6 +73,7 @@ class LearnOptions:
     resume: bool = False
     max_sparsity: float = 0.9
     publish_to: str = ""
+    store: str = ""
 
     def __post_init__(self) -> None:
         _one_of("pruner", self.pruner, [*METRICS, *LEVEL_PRUNERS])

@@ -14,6 +14,7 @@ from unicuco.errors import RunError, StorageError, UnicucoError
 from unicuco.pipeline.options import LearnOptions
 from unicuco.pipeline.run import DATABASE, MANIFEST
 from unicuco.store import EvaluationStore
+from unicuco.store.database import display_name
 
 
 @contextmanager
@@ -30,9 +31,15 @@ def opened(options: LearnOptions) -> Iterator[EvaluationStore]:
     begun = False
     _open_folder(options)
     try:
-        with EvaluationStore.open(options.out / DATABASE, create=True) as store:
+        with EvaluationStore.open(options.store or folder / DATABASE, create=True) as store:
             begun = True  # by another driver, who came first, if the lease is refused
             store.acquire_lease("learn")
+            if options.store and not options.resume and _has_begun(store):
+                begun = False  # not in this folder
+                raise RunError(
+                    f"the database {display_name(options.store)} holds a run already; add --resume "
+                    "to go on with it, or name another database"
+                )
             try:
                 yield store
             finally:
@@ -73,11 +80,13 @@ def _open_folder(options: LearnOptions) -> None:
             f"{options.place} holds an unfinished run; add --resume to go on, or choose another "
             "folder"
         )
-    if (folder / MANIFEST).exists() and not _holds_something(folder / DATABASE):
+    holds_something = options.store or _holds_something(folder / DATABASE)
+    if (folder / MANIFEST).exists() and not holds_something:
         raise RunError(f"{folder} is damaged: its {DATABASE} is empty; learn into another folder")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; choose another place for the run")
-    if folder.exists() and not (folder / DATABASE).exists() and any(folder.iterdir()):
+    has_record = (folder / DATABASE).exists() or (options.store and options.resume)
+    if folder.exists() and not has_record and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
