@@ -22,19 +22,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from benchmarks.common import RESULTS, Bench, save, table
 from benchmarks.scale_model import Times, Trouble, simulate, stops_at
 from benchmarks.scale_replicas import Clock, CurveModel, Reference, SleepingReplica
-from cluster.actors import LearnerActor, build_configured_search
+from cluster.actors import build_configured_search
 from cluster.driver import RayBackend
-from cluster.learner import RaySearch
+from cluster.learner import RaySearch, start_learner
 from cluster.local_ray import local_ray
 from cluster.metrics import RayMeter
 from cluster.pool import RayPool
@@ -154,10 +154,10 @@ def _driver(bench: Bench, values: argparse.Namespace) -> dict[str, object]:
     model, clock = CurveModel(config), Clock()
     times: list[float] = []  # of every ask that a replica gets and answers
     with local_ray(array_bytes=2**20):
-        options = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-        actor = ray.remote(LearnerActor).options(**options)
+        environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        start = partial(start_learner, build_configured_search, config, runtime_env=environment)
         meter = RayMeter()
-        learner = RaySearch(lambda: actor.remote(build_configured_search, config), meter)
+        learner = RaySearch(start, meter)
         pool = RayPool(
             lambda: SleepingReplica(clock, model, values.seconds, times),
             values.replicas,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.pulse import thread_clock
 from unicuco.types import Ask, FailedEvaluation, Outcome
 
 if TYPE_CHECKING:  # at run time the package of searches would load GPyTorch into every replica
@@ -120,19 +121,27 @@ class LearnerActor:
     def __init__(self, build: BuildSearch, config: Any) -> None:
         self._build = build
         self._config = config
+        self._clock = thread_clock()
 
     def start(self) -> int:
         """Build the search and return its round size."""
+        self._clock = thread_clock()
         self._search = self._build(self._config)
         return self._search.round_size
 
     def ask(self, round: int) -> list[Ask]:
         """Return the asks of a round."""
+        self._clock = thread_clock()
         return self._search.ask(round)
 
     def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
         """Take a whole round in ask order."""
+        self._clock = thread_clock()
         self._search.tell(round, results)
+
+    def worked_s(self) -> float:
+        """Return the CPU seconds used by the thread of the present call; beside that call."""
+        return self._clock()
 
 
 class LevelActor:

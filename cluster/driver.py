@@ -29,7 +29,6 @@ from cluster.actors import (
     BuildStage,
     EvaluatorActor,
     Handle,
-    LearnerActor,
     LevelActor,
     ShardActor,
     build_configured_search,
@@ -37,7 +36,7 @@ from cluster.actors import (
     build_stage,
 )
 from cluster.head import HeadWatch
-from cluster.learner import RaySearch
+from cluster.learner import RaySearch, start_learner
 from cluster.level_crew import LevelCrew
 from cluster.local_ray import connected
 from cluster.metrics import RayMeter
@@ -107,11 +106,10 @@ class RayBackend:
         """
         pool = self.start_pool(evaluator, arrays)
 
-        def start_learner() -> Handle:
-            actor = ray.remote(LearnerActor).options(num_cpus=0, runtime_env=self._environment())
-            return actor.remote(self._build_search, search)
+        def start() -> Handle:
+            return start_learner(self._build_search, search, runtime_env=self._environment())
 
-        learner = RaySearch(start_learner, self._meter)
+        learner = RaySearch(start, self._meter)
         self._stack.callback(learner.close)
         return learner, pool
 

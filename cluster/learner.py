@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Final
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.actors import Handle
+from cluster.actors import BuildSearch, Handle, LearnerActor
 from cluster.metrics import Meter, NoMeter
+from cluster.pulse import GivenUpError, Pulse, Stillness
 from unicuco.errors import ClusterError, UnicucoError
 from unicuco.types import Ask, Outcome
 
 _MAX_DEATHS: Final = 3
+_THREADS: Final = 2  # of a learner: one for calls, one that says how its call goes
+
+
+# Any: as `LearnerActor`; Ray's own types of options
+def start_learner(build: BuildSearch, config: Any, **options: Any) -> Handle:
+    """Start a learner actor that needs no CPU of its own, and return its handle at once."""
+    actor = ray.remote(LearnerActor).options(num_cpus=0, max_concurrency=_THREADS, **options)
+    return actor.remote(build, config)
 
 
 class RaySearch:
-    """A `unicuco.search.drive.AskTell` that runs in an actor, started again when it dies.
+    """A `unicuco.search.drive.AskTell` in an actor, started again when that dies or hangs.
 
     A new learner is told all rounds anew; since asks depend on nothing else, it goes on as the
     old one would have.
 
     Args:
-        start_learner: starts a learner actor and returns its handle at once.
+        start: starts a learner as `start_learner` does.
         meter: told what the search is told.
+        pulse: says when a learner hangs.
     """
 
-    def __init__(self, start_learner: Callable[[], Handle], meter: Meter | None = None) -> None:
-        self._start_learner = start_learner
+    def __init__(
+        self,
+        start: Callable[[], Handle],
+        meter: Meter | None = None,
+        pulse: Pulse | None = None,
+    ) -> None:
+        self._start = start
         self._meter = meter or NoMeter()
+        self._pulse = pulse or Pulse()
         self._told: list[tuple[int, Sequence[tuple[Ask, Outcome]]]] = []
-        self._learner = start_learner()
+        self._is_closed = False
         self._is_lost = False
+        self._take(start())
         self.round_size: int = self._call("start")
 
     def ask(self, round: int) -> list[Ask]:
@@ -48,6 +66,8 @@ class RaySearch:
 
     def close(self) -> None:
         """End the learner."""
+        self._is_closed = True
+        self._pulse.close()
         ray.kill(self._learner)
 
     # Any: what the actor's method takes and returns; the three methods above name the types.
@@ -56,26 +76,41 @@ class RaySearch:
             try:
                 if self._is_lost:
                     self._replace()
-                return _result(self._learner, method, args)
-            except RayActorError:
+                return self._result(method, args)
+            except (RayActorError, GivenUpError):
+                if self._is_closed:
+                    raise ClusterError("learning was ended: go on with --resume") from None
                 self._is_lost = True
-        raise ClusterError(f"{_MAX_DEATHS} learners died: look for a lack of memory, then --resume")
+        raise ClusterError(
+            f"{_MAX_DEATHS} learners died or hung: look for a lack of memory, then --resume"
+        )
 
     def _replace(self) -> None:
         ray.kill(self._learner)
-        self._learner = self._start_learner()
-        _result(self._learner, "start", ())
+        self._take(self._start())
+        self._result("start", ())
         for results in self._told:
-            _result(self._learner, "tell", results)
+            self._result("tell", results)
         self._is_lost = False
 
+    def _take(self, learner: Handle) -> None:
+        def beat() -> Future[float]:
+            future: Future[float] = learner.worked_s.remote().future()
+            return future
 
-# Any: as `RaySearch._call`
-def _result(learner: Handle, method: str, args: tuple[Any, ...]) -> Any:
-    try:
-        return ray.get(getattr(learner, method).remote(*args))
-    except RayTaskError as error:
-        if isinstance(error.cause, UnicucoError):
-            raise error.cause from None
-        reason = " ".join(str(error.cause).split())[:300]
-        raise ClusterError(f"the learner failed: {type(error.cause).__name__}: {reason}") from error
+        self._learner = learner
+        self._stillness = Stillness(beat)
+
+    # Any: as `_call`
+    def _result(self, method: str, args: tuple[Any, ...]) -> Any:
+        call: Future[Any] = getattr(self._learner, method).remote(*args).future()
+        self._pulse.wait(method, call, self._stillness)
+        try:
+            return call.result()
+        except RayTaskError as error:
+            if isinstance(error.cause, UnicucoError):
+                raise error.cause from None
+            reason = " ".join(str(error.cause).split())[:300]
+            raise ClusterError(
+                f"the learner failed: {type(error.cause).__name__}: {reason}"
+            ) from error

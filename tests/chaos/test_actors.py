@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from cluster.driver import RayBackend
-from tests.cluster.synthetic import ARRAYS, Bowl, BowlConfig, DigestSearch, DyingSearch
+from cluster.learner import RaySearch, start_learner
+from cluster.pulse import Pulse
+from tests.cluster.synthetic import (
+    ARRAYS,
+    Bowl,
+    BowlConfig,
+    DigestSearch,
+    DyingSearch,
+    HangingSearch,
+)
 from tests.cluster.test_driver import local_asks
 from tests.serve.conftest import wait_until
 from unicuco.search.drive import Progress, drive
@@ -118,4 +128,23 @@ def test_a_learner_that_dies_goes_on_as_if_it_had_not(
         search, pool = backend.start(BowlConfig(), ARRAYS, (4, str(tmp_path / "died")))
         drive(search, pool, store, num_evaluations=24, on_progress=ignore)
     assert (tmp_path / "died").exists()
+    assert store.asks() == local_asks(6, 4)
+
+
+def test_a_learner_that_hangs_is_rebuilt_and_one_that_is_slow_is_not(
+    store: EvaluationStore, tmp_path: Path
+) -> None:
+    log = tmp_path / "asked"
+    start = partial(start_learner, HangingSearch, (4, str(log), 5.0))
+    with RayBackend("local", 1, build_evaluator=Bowl) as backend:
+        pool = backend.start_pool(BowlConfig(), ARRAYS)
+        search = RaySearch(start, pulse=Pulse(4.0))
+        drive(search, pool, store, num_evaluations=24, on_progress=ignore)
+        search.close()
+    asked = [line.split() for line in log.read_text().splitlines()]
+    assert [int(number) for number, _ in asked] == [0, 1, 2, 3, 3, 4, 4, 5]
+    pids = [int(pid) for _, pid in asked]
+    assert pids[:4] == [pids[0]] * 4, "one that is slow is waited for"
+    assert len(set(pids)) == 3
+    assert wait_until(lambda: not any(map(psutil.pid_exists, pids)), 60), "none is left behind"
     assert store.asks() == local_asks(6, 4)

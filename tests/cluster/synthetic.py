@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,34 @@ class DyingSearch(DigestSearch):
             open(self._once_file, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().ask(round)
+
+
+class HangingSearch(DigestSearch):
+    """A search that is slow in round 2, stopped in round 3, and waits for ever in round 4.
+
+    Each once: ``log`` has a line for every round and process that was asked.
+    """
+
+    def __init__(self, config: tuple[int, str, float]) -> None:
+        super().__init__(config[0])
+        self._log = Path(config[1])
+        self._slow_s = config[2]
+
+    def ask(self, round: int) -> list[Ask]:
+        before = self._log.read_text() if self._log.exists() else ""
+        self._log.write_text(f"{before}{round} {os.getpid()}\n")
+        if f"\n{round} " not in before:
+            self._be_late(round)
+        return super().ask(round)
+
+    def _be_late(self, round: int) -> None:
+        until = time.monotonic() + self._slow_s
+        while round == 2 and time.monotonic() < until:
+            pass
+        if round == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if round == 4:
+            threading.Event().wait()
 
 
 class BreakingSearch(DigestSearch):
