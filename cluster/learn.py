@@ -49,6 +49,7 @@ class LearnConfig(BaseModel):
     preset: str = "default"
     evaluations: int | None = None
     round_size: int | None = None
+    screen_tokens: int | None = None
     replicas: int = 1
     shards: int = 1
     threads: int = 1
@@ -114,6 +115,7 @@ class LearnConfig(BaseModel):
             preset=self.preset,
             evaluations=self.evaluations,
             round_size=self.round_size,
+            screen_tokens=self.screen_tokens,
             replicas=self.replicas,
             shards=self.shards,
             calibration=None if self.calibration is None else Path(self.calibration),

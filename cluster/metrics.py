@@ -94,7 +94,11 @@ class RayMeter:
 
     def told(self, results: Sequence[tuple[Ask, Outcome]]) -> None:
         """Note the hypervolume of all that was told."""
-        fresh = [(o.kept_fraction, o.kl) for _, o in results if isinstance(o, Evaluation)]
+        fresh = [
+            (outcome.kept_fraction, outcome.kl)
+            for ask, outcome in results
+            if isinstance(outcome, Evaluation) and ask.tokens is None
+        ]
         self._points = _front(self._points + fresh)
         self._volume.set(quality_volume(self._points))
 

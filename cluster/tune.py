@@ -251,7 +251,7 @@ class Halves:
             evaluations = tuple(
                 (ask.strategy, outcome)
                 for ask, outcome in store.read()
-                if isinstance(outcome, Evaluation)
+                if isinstance(outcome, Evaluation) and ask.tokens is None
             )
         ids = prepared.texts.validation.ids
         if len(ids) < 2:
@@ -283,7 +283,9 @@ def _prepared(run: Run, folder: Path, calibration: Path | None) -> Prepared:
         )
     names = ("pruner", "granularity", "tokens", "context", "seed", "max_sparsity")
     more = {
-        name: options[name] for name in ("calibration_sampling", "round_size") if name in options
+        name: options[name]
+        for name in ("calibration_sampling", "round_size", "screen_tokens")
+        if name in options
     }
     prepared = prepare(
         LearnOptions(

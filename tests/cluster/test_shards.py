@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from cluster.actors import Arrays
 from cluster.driver import RayBackend
@@ -18,10 +20,14 @@ from cluster.learn import main
 from tests.cluster.test_learn import evaluations, job
 from unicuco.errors import ModelError, RequestError
 from unicuco.models.weights import FolderSource
-from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn
+from unicuco.pipeline import Backend, LearnOptions, LocalBackend, Run, learn
+from unicuco.search.drive import drive
+from unicuco.search.screening import ALTERNATIVES, Screening
 from unicuco.shards.evaluator import Relay, StageConfig, StageEvaluator
+from unicuco.space import StrategySpace
+from unicuco.store import EvaluationStore
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
-from unicuco.types import Ask, Evaluation
+from unicuco.types import Ask, Evaluation, Outcome
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -151,3 +157,48 @@ def test_a_stage_that_can_not_be_built_is_its_own_line(
         with pytest.raises(ModelError, match=r"^no model folder at .*elsewhere$"):
             pool.next_outcome()
     assert ray.is_initialized()
+
+
+class Alternatives:
+    """Asks two rounds of two places, whatever it is told."""
+
+    round_size = 2
+    screening = Screening(tokens=32, derivatives=True)
+
+    def __init__(self, space: StrategySpace) -> None:
+        self._space = space
+
+    def ask(self, round: int) -> list[Ask]:
+        generator = torch.Generator().manual_seed(round)
+        points = torch.rand(2 * ALTERNATIVES, self._space.num_axes, generator=generator).double()
+        return self.screening.asks(
+            round, [self._space.decode(part) for part in points.chunk(self.round_size)]
+        )
+
+    def tell(self, round: int, results: Sequence[tuple[Ask, Outcome]]) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_alternatives_are_screened_on_replicas_and_shards_as_in_one_process(
+    case: EvaluationCase, tmp_path: Path
+) -> None:
+    search = Alternatives(case.space)
+
+    def measured(name: str, backend: Backend) -> list[object]:
+        with EvaluationStore.open(tmp_path / name, create=True) as store, backend:
+            pool = backend.start_pool(case.config, case.arrays)
+            drive(
+                search,
+                pool,
+                store,
+                num_evaluations=3,
+                on_progress=lambda step: None,
+                screening=search.screening,
+            )
+            return [replace(o, wall_s=0.0) for _, o in store.read()]  # type: ignore[type-var]
+
+    alone = measured("alone", LocalBackend())
+    assert len(alone) == 3 * (ALTERNATIVES + 1)
+    assert measured("replicas", RayBackend("auto", 2)) == alone
+    assert measured("shards", RayBackend("auto", 1, 1, 2)) == alone

@@ -83,6 +83,15 @@ class LearnChoices:
             rich_help_panel=_METHOD,
         ),
     ] = None
+    screen_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--screen-tokens",
+            min=1,
+            help="Judge alternatives on so many tokens first, and the best of them on --tokens.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
     seed: Annotated[
         int, typer.Option("--seed", help="Decides all that is drawn.", rich_help_panel=_METHOD)
     ] = 0

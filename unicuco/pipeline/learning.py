@@ -38,7 +38,7 @@ from unicuco.search.drive import AskTell, Pool, Progress, drive
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.stratnet import StratNet, StratNetAllocator
 from unicuco.surrogate import GaussianProcess, Intervals, Surrogate, TaskSurrogates
-from unicuco.types import Evaluation, ServedAs, Strategy
+from unicuco.types import Ask, Evaluation, Outcome, ServedAs, Strategy
 
 _FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
 _VALIDATION_POINTS: Final = 12
@@ -70,7 +70,7 @@ def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) ->
         publisher.checkpoint(progress, store)
         progress = publisher.watching(progress, store)
         _evaluate(options, prepared, store, backend, progress)
-        evaluations = [(ask.strategy, o) for ask, o in store.read() if isinstance(o, Evaluation)]
+        evaluations = [(ask.strategy, o) for ask, o in _whole(store) if isinstance(o, Evaluation)]
         progress(Progress(stage="train", done=0, total=1, detail=f"{len(evaluations)} evaluations"))
         config = replace(
             prepared.search, training=replace(prepared.search.training, steps=_FINAL_STEPS)
@@ -123,13 +123,25 @@ def _evaluate(
     backend: Backend,
     progress: ProgressSink,
 ) -> None:
-    finished = sum(1 for _ in store.read()) >= options.num_evaluations
+    finished = len(_whole(store)) >= options.num_evaluations
     if finished and not (prepared.levels and prepared.levels.missing_blocks()):
         return
     with backend:
         build_levels(prepared, backend, progress, lambda cost: store.record_measurements([cost]))
         search, pool = _start(backend, prepared, store)
-        drive(search, pool, store, num_evaluations=options.num_evaluations, on_progress=progress)
+        drive(
+            search,
+            pool,
+            store,
+            num_evaluations=options.num_evaluations,
+            on_progress=progress,
+            screening=prepared.search.screening,
+        )
+
+
+def _whole(store: EvaluationStore) -> list[tuple[Ask, Outcome]]:
+    """Return what was judged on the whole search text: alternatives on few tokens are no values."""
+    return [(ask, outcome) for ask, outcome in store.read() if ask.tokens is None]
 
 
 def _start(backend: Backend, prepared: Prepared, store: EvaluationStore) -> tuple[AskTell, Pool]:
@@ -264,9 +276,11 @@ def _write(
     )  # of the run that this one extends: its files are replaced now
     save_tensors(folder / "stratnet.safetensors", net.state_dict())
     save_tensors(folder / "surrogate.safetensors", surrogate.state())
-    outcomes = [outcome for _, outcome in store.read()]
+    results = list(store.read())
+    units = sum(outcome.cost_units for _, outcome in results if isinstance(outcome, Evaluation))
+    units += sum(item.cost_units for item in store.measurements())
+    outcomes = [outcome for ask, outcome in results if ask.tokens is None]
     ok = [outcome for outcome in outcomes if isinstance(outcome, Evaluation)]
-    units = sum(e.cost_units for e in ok) + sum(m.cost_units for m in store.measurements())
     manifest = {
         "format": FORMAT,
         "base_model": {
@@ -293,6 +307,7 @@ def _write(
         "sparsity_range": list(prepared.search.sparsity_range),
         "evaluations": len(outcomes),
         "failed": len(outcomes) - len(ok),
+        "screenings": len(results) - len(outcomes),
         "cost_units": units,
         "derivatives": any(e.gradient is not None for e in ok),
         **_levels_document(prepared),

@@ -43,6 +43,8 @@ class LearnOptions:
     are tokens per evaluation; ``shards`` are the actors that each replica's blocks are spread over;
     ``round_size`` strategies are asked before what they say is learned from (none: the preset's
     own): at most two rounds are under way, so more replicas want larger ones;
+    ``screen_tokens`` of the search text judge alternatives, of which the best is evaluated on
+    ``tokens`` (none: there are no alternatives);
     ``context`` tokens per window (none: the model's own, at most 512);
     ``rounding`` how weights get fewer bits: to the nearest, or by GPTQ;
     ``calibration_sampling`` how calibration windows are chosen from their text;
@@ -61,6 +63,7 @@ class LearnOptions:
     preset: str = "default"
     evaluations: int | None = None
     round_size: int | None = None
+    screen_tokens: int | None = None
     replicas: int = 1
     shards: int = 1
     calibration: Path | None = None
@@ -107,6 +110,7 @@ class LearnOptions:
             raise RequestError(
                 "round-size is for preset default and the dimension sparsity; leave it out"
             )
+        self._check_screening()
         _at_least("replicas", self.replicas, 1)
         _at_least("shards", self.shards, 1)
         _at_least("tokens", self.tokens, 2)
@@ -116,6 +120,20 @@ class LearnOptions:
             raise RequestError(
                 f"max-sparsity must be in (0.1, {MAX_SITE_SPARSITY - 0.02:g}], "
                 f"got {self.max_sparsity:g}"
+            )
+
+    def _check_screening(self) -> None:
+        if self.screen_tokens is None:
+            return
+        _at_least("screen-tokens", self.screen_tokens, 1)
+        if self.screen_tokens >= self.tokens:
+            raise RequestError(
+                f"screen-tokens must be below tokens ({self.tokens}), got {self.screen_tokens}"
+            )
+        if self.preset != "default" or not self.masks_only or self.tasks:
+            raise RequestError(
+                "screen-tokens is for preset default and the dimension sparsity, without tasks; "
+                "leave it out"
             )
 
     def _check_tasks(self) -> None:
@@ -180,6 +198,8 @@ class LearnOptions:
             chosen["calibration_sampling"] = sampling
         if self.round_size is not None:
             chosen["round_size"] = self.round_size
+        if self.screen_tokens is not None:
+            chosen["screen_tokens"] = self.screen_tokens
         if self.rounding != "nearest":
             chosen["rounding"] = self.rounding
         if self.tasks:

@@ -39,6 +39,7 @@ from unicuco.pipeline.shrinking import check_shapes, factors_of, units_of
 from unicuco.pipeline.texts import (
     LearningSource,
     LearningTexts,
+    check_screening,
     learning_texts,
     task_texts,
     window_length,
@@ -169,7 +170,7 @@ def prepare(
             where the folder belongs to others.
 
     Raises:
-        RequestError: more shards than the model has blocks.
+        RequestError: more shards than the model has blocks, or nothing saved by screening.
         StorageError: the disk hasn't room for the levels.
         VariantError: variants of these dimensions could not be written of this model.
     """
@@ -191,6 +192,7 @@ def _prepare(
     tokenizer = load_tokenizer(loaded.folder)
     context = window_length(loaded.profile.max_context, options.context)
     texts = read_texts(options, tokenizer, context)
+    check_screening(texts.search, options.screen_tokens)
     source = LearningSource(tokenizer=tokenizer, source=options.calibration, tasks=options.tasks)
     costs: list[Measurement] = []
     if options.calibration_sampling == Sampling.CLUSTERED:
@@ -293,6 +295,7 @@ def _search_config(
         surrogate=SurrogateOptions() if levels is None else SurrogateOptions(directions=0),
         level_step=0 if levels is None else levels.plan.step,
         round_size=options.round_size or 0,
+        screen_tokens=options.screen_tokens or 0,
         tasks=options.task_names,
         task_curves=tuple(
             curves({site.path: fisher[_of_task(k, site.path)] for site in profile.sites})

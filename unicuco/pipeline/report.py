@@ -71,14 +71,16 @@ def learning_curve(run: Run) -> list[LearningPoint]:
     """Return how the search went, one point per evaluation in the order asked."""
     with EvaluationStore.open(run.folder / DATABASE, create=False) as store:
         before = sum(item.cost_units for item in store.measurements() if not item.strategy_key)
-        outcomes = [outcome for _, outcome in store.read() if isinstance(outcome, Evaluation)]
-    spent = accumulate((outcome.cost_units for outcome in outcomes), initial=before)
+        results = [(ask, one) for ask, one in store.read() if isinstance(one, Evaluation)]
+    spent = accumulate((outcome.cost_units for _, outcome in results), initial=before)
     next(spent)
-    points = [(outcome.kept_fraction, outcome.kl) for outcome in outcomes]
-    return [
-        LearningPoint(units=units, hypervolume=quality_volume(points[: count + 1]))
-        for count, units in enumerate(spent)
-    ]
+    points: list[tuple[float, float]] = []
+    curve: list[LearningPoint] = []
+    for (ask, outcome), units in zip(results, spent, strict=True):
+        if ask.tokens is None:
+            points.append((outcome.kept_fraction, outcome.kl))
+            curve.append(LearningPoint(units=units, hypervolume=quality_volume(points)))
+    return curve
 
 
 def _write(target: Path, page: str) -> None:
@@ -212,19 +214,20 @@ def _interpolated(curve: Sequence[tuple[float, float]], sparsity: float) -> floa
 def _costs(run: Run) -> str:
     with EvaluationStore.open(run.folder / DATABASE, create=False) as store:
         measurements = store.measurements()
-        outcomes = [outcome for _, outcome in store.read()]
-    done = [outcome for outcome in outcomes if isinstance(outcome, Evaluation)]
+        results = list(store.read())
+    done = [(ask, outcome) for ask, outcome in results if isinstance(outcome, Evaluation)]
     groups: dict[str, list[tuple[float, float]]] = {}
     for item in measurements:
         groups.setdefault(item.purpose, []).append((item.cost_units, item.seconds))
-    for outcome in done:
+    for ask, outcome in done:
         kind = "search, with derivatives" if outcome.gradient else "search, values only"
+        kind = kind if ask.tokens is None else "search, alternatives on few tokens"
         groups.setdefault(kind, []).append((outcome.cost_units, outcome.wall_s))
     rows = [
         (escape(name), str(len(parts)), f"{_sum(parts, 0):.1f}", f"{_sum(parts, 1):.1f}")
         for name, parts in groups.items()
     ]
-    failed = sum(isinstance(outcome, FailedEvaluation) for outcome in outcomes)
+    failed = sum(isinstance(outcome, FailedEvaluation) for _, outcome in results)
     note = f'<p class="soft">{failed} evaluations failed.</p>' if failed else ""
     return _table(("for", "passes", "units", "seconds"), rows) + note
 

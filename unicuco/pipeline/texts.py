@@ -16,7 +16,8 @@ import torch
 
 from unicuco.allocate import TextPart
 from unicuco.calibration import TokenSet, read_text, token_windows
-from unicuco.errors import TextError
+from unicuco.errors import RequestError, TextError
+from unicuco.evaluate.measure import windows_of
 from unicuco.reference.corpus import TextName, held_out_text
 
 if TYPE_CHECKING:
@@ -157,3 +158,16 @@ def test_windows(
     """
     text = held_out_text("test") if source is None else read_text(source)
     return token_windows(tokenizer, text, tokens=tokens, context=context)
+
+
+def check_screening(search: TokenSet, tokens: int | None) -> None:
+    """Refuse to screen on what comes to the whole search text, for windows are judged whole.
+
+    Raises:
+        RequestError: it does.
+    """
+    if tokens is not None and windows_of(search.ids, tokens).numel() == search.ids.numel():
+        raise RequestError(
+            f"screen-tokens {tokens} come to the whole search text in windows of "
+            f"{search.ids.shape[1]} tokens: give fewer, or more --tokens"
+        )

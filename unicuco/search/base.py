@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unicuco.allocate import AxisCurves
 from unicuco.dimensions import Granularity, build_space
+from unicuco.search.screening import Screening
 from unicuco.space import StrategySpace
 from unicuco.stratnet import TrainOptions
 from unicuco.surrogate import SurrogateOptions
@@ -40,7 +41,8 @@ class SearchConfig:
     learned; ``tasks`` the search texts, where there are several, and ``task_curves`` a table of
     curves for each; ``level_step`` the weights from one level of a site to the next, where sites
     come from a level database (0: they don't); ``round_size`` strategies are asked at a time, where
-    the preset takes that from here (0: as many as it would by itself).
+    the preset takes that from here (0: as many as it would by itself). ``screen_tokens`` of the
+    search text judge the alternatives of which the best is evaluated (0: there are none).
     """
 
     preset: str
@@ -56,6 +58,19 @@ class SearchConfig:
     task_curves: tuple[Tensor, ...] = ()
     level_step: int = 0
     round_size: int = 0
+    screen_tokens: int = 0
+
+    @property
+    def has_derivatives(self) -> bool:
+        """Whether derivatives are asked: only sparsity has them (`LocalEvaluator`)."""
+        return self.surrogate.directions > 0 and self.dimensions == ("sparsity",)
+
+    @property
+    def screening(self) -> Screening | None:
+        """How alternatives are screened; none: there are none."""
+        if not self.screen_tokens:
+            return None
+        return Screening(tokens=self.screen_tokens, derivatives=self.has_derivatives)
 
     def space(self) -> StrategySpace:
         """Build the strategy space."""
@@ -79,10 +94,13 @@ class History:
         self._rounds[round] = list(results)
 
     def visible(self, round: int) -> list[tuple[Strategy, Evaluation]]:
-        """Return the successful evaluations of rounds up to ``round - 2``, in ask order."""
+        """Return the successful evaluations of rounds up to ``round - 2``, in ask order.
+
+        Without those on part of the text: they are values of another objective.
+        """
         return [
             (ask.strategy, outcome)
             for k in range(round - 1)
             for ask, outcome in self._rounds.get(k, [])
-            if isinstance(outcome, Evaluation)
+            if isinstance(outcome, Evaluation) and ask.tokens is None
         ]

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from unicuco.search.book import Book
+from unicuco.search.screening import Screening
 from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, Strategy
 
 
@@ -68,7 +70,7 @@ class Log(Protocol):
         """Commit asks."""
 
     def asks(self) -> list[Ask]:
-        """Return all asks by round and position."""
+        """Return all asks by round and position, in each round those on part of the text first."""
 
     def append(self, results: Sequence[tuple[Ask, Outcome]]) -> None:
         """Commit outcomes."""
@@ -116,6 +118,7 @@ def drive(
     num_evaluations: int,
     on_progress: Callable[[Progress], None],
     lag: int = 2,
+    screening: Screening | None = None,
 ) -> None:
     """Run a search until ``num_evaluations`` strategies are asked, evaluated, recorded and told.
 
@@ -128,100 +131,23 @@ def drive(
         search: fresh; what the store holds is told to it.
         pool: nothing pending.
         store: the run's store, the lease held by the caller.
-        num_evaluations: total number of asked strategies, those of earlier calls included.
+        num_evaluations: total number of asked strategies, those of earlier calls included; of
+            screened alternatives one counts.
         on_progress: told of every commit; stage "evaluate".
         lag: what ``ask(k)`` depends on: rounds up to k - lag. 1 is for searches of one request,
             whose every round needs the one before; then rounds don't overlap.
+        screening: chooses which of the strategies that a round asks on part of the text are judged
+            on all of it; none: those that the search asks itself.
 
     Raises:
         UnicucoError: the store refused, or the pool or the search can't go on.
     """
-    book = _Book(store.asks(), store.read(), num_evaluations, lag)
+    book = Book(store.asks(), store.read(), num_evaluations, lag, screening)
     workers = _Workers(search, pool)
     try:
         _Loop(book, workers, store, on_progress).run(search.round_size, pool.max_pending)
     finally:
         workers.close()
-
-
-# A strategy and the fidelity it is judged at: what has one record.
-_Identity = tuple[str, int | None]
-
-
-def _identity(ask: Ask) -> _Identity:
-    return ask.strategy.key, ask.tokens
-
-
-class _Book:
-    """Which strategies of which rounds are asked, evaluated and told; no threads, no I/O."""
-
-    def __init__(
-        self,
-        asks: Iterable[Ask],
-        results: Iterable[tuple[Ask, Outcome]],
-        num_evaluations: int,
-        lag: int,
-    ) -> None:
-        self._lag = lag
-        self.rounds: list[list[Ask]] = []
-        self.num_evaluations = num_evaluations
-        self.num_told = 0
-        self.is_exhausted = False
-        self._round_of: dict[_Identity, int] = {}
-        for ask in asks:
-            self._add(ask)
-        self.outcomes = {_identity(ask): outcome for ask, outcome in results}
-
-    @property
-    def num_asked(self) -> int:
-        return len(self._round_of)
-
-    def is_short(self, round_size: int) -> bool:
-        """Say whether the last round was cut short by an earlier, smaller total."""
-        has_room = self.num_asked < self.num_evaluations
-        return has_room and bool(self.rounds) and len(self.rounds[-1]) < round_size
-
-    def may_ask(self, round_: int) -> bool:
-        """Say whether a round is wanted, and what it depends on is told."""
-        wanted = not self.is_exhausted and self.num_asked < self.num_evaluations
-        return wanted and round_ <= self.num_told + self._lag - 1
-
-    def accept(self, round_: int, asks: Sequence[Ask]) -> list[Ask]:
-        """Take what is new of a round's asks, up to the total; return what to evaluate.
-
-        A strategy that an earlier round asked at the same fidelity is dropped: it has its record.
-        Of a round that is there in part, the rest is new, provided that the search asks the
-        recorded part again.
-        """
-        assert all(ask.round == round_ for ask in asks), "a search numbers its asks"
-        recorded = self.rounds[round_] if round_ < len(self.rounds) else []
-        distinct = {_identity(ask): ask for ask in asks}
-        fresh = [ask for key, ask in distinct.items() if self._round_of.get(key, round_) == round_]
-        if fresh[: len(recorded)] != recorded:
-            return []
-        new = fresh[len(recorded) :][: self.num_evaluations - self.num_asked]
-        for ask in new:
-            self._add(ask)
-        self.is_exhausted = not new and not recorded
-        return new
-
-    def unfinished(self) -> list[Ask]:
-        """Return the asks without an outcome, in order."""
-        return [ask for asks in self.rounds for ask in asks if _identity(ask) not in self.outcomes]
-
-    def next_results(self) -> list[tuple[Ask, Outcome]] | None:
-        """Return the next round to tell, in ask order; none while outcomes are missing."""
-        if self.num_told >= len(self.rounds):
-            return None
-        asks = self.rounds[self.num_told]
-        if not all(_identity(ask) in self.outcomes for ask in asks):
-            return None
-        return [(ask, self.outcomes[_identity(ask)]) for ask in asks]
-
-    def _add(self, ask: Ask) -> None:
-        self.rounds.extend([] for _ in range(ask.round + 1 - len(self.rounds)))
-        self.rounds[ask.round].append(ask)
-        self._round_of[_identity(ask)] = ask.round
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,17 +243,19 @@ class _Loop:
     """Moves a book forward until all is asked, evaluated, recorded and told."""
 
     def __init__(
-        self, book: _Book, workers: _Workers, store: Log, on_progress: Callable[[Progress], None]
+        self, book: Book, workers: _Workers, store: Log, on_progress: Callable[[Progress], None]
     ) -> None:
         self._book = book
         self._workers = workers
         self._store = store
         self._on_progress = on_progress
-        self._waiting = deque(book.unfinished())
+        self._waiting: deque[Ask] = deque()
         self._asking: int | None = None
         self._num_failed = _num_failed(book.outcomes.values())
 
     def run(self, round_size: int, max_pending: int) -> None:
+        self._waiting.extend(self._book.unfinished())
+        self._promote()
         self._replay(round_size)
         self._report()
         while True:
@@ -379,16 +307,23 @@ class _Loop:
     def _record(self, results: list[tuple[Ask, Outcome]]) -> None:
         if results:
             self._store.append(results)
-            self._book.outcomes.update((_identity(ask), outcome) for ask, outcome in results)
+            self._book.record(results)
+            self._promote()
             self._num_failed += _num_failed(outcome for _, outcome in results)
             self._report()
+
+    def _promote(self) -> None:
+        """Ask for what was found to deserve the whole text, before anything newer."""
+        promoted = self._book.promote()
+        self._store.record_asks(promoted)
+        self._waiting.extendleft(reversed(promoted))
 
     def _report(self) -> None:
         failed = self._num_failed
         total = max(self._book.num_evaluations, self._book.num_asked)
         detail = f"round {len(self._book.rounds)}" + (f", {failed} failed" if failed else "")
         self._on_progress(
-            Progress(stage="evaluate", done=len(self._book.outcomes), total=total, detail=detail)
+            Progress(stage="evaluate", done=self._book.num_done, total=total, detail=detail)
         )
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from unicuco.allocate import AllocationContext, AxisCurves, Fisher, Uniform
 from unicuco.search.base import History, SearchConfig
+from unicuco.search.screening import daring_points
 from unicuco.space import StrategySpace
-from unicuco.stratnet import NetKind, StratNet, train_on_sizes, train_on_tasks
+from unicuco.stratnet import NetKind, StratNet, target_features, train_on_sizes, train_on_tasks
 from unicuco.stratnet.train import size_answers, task_answers
 from unicuco.surrogate import GaussianProcess, Observations, Surrogate, TaskSurrogates
 from unicuco.types import Ask, Evaluation, Outcome, Strategy
@@ -42,19 +43,21 @@ class FrontSearch:
         self.round_size = config.round_size or _ROUND
         self._space = config.space()
         self._history = History()
-        # Only sparsity has derivatives (`LocalEvaluator`).
-        self._derivatives = config.surrogate.directions > 0 and config.dimensions == ("sparsity",)
 
     def ask(self, round: int) -> list[Ask]:
         """Return the strategies of a round."""
         first = round * self.round_size
         evaluations = self._history.visible(round)
+        screening = self.config.screening
         if len({strategy.key for strategy, _ in evaluations}) < 2:
             strategies = self._blind(first)
+        elif screening is not None:
+            return screening.asks(round, self._alternatives(evaluations, round, first))
         else:
-            strategies = self._from_network(evaluations, round, first)
+            (strategies,) = self._from_network(evaluations, round, first)
+        derivatives = self.config.has_derivatives
         return [
-            Ask(round=round, position=position, strategy=strategy, derivatives=self._derivatives)
+            Ask(round=round, position=position, strategy=strategy, derivatives=derivatives)
             for position, strategy in enumerate(strategies)
         ]
 
@@ -77,12 +80,19 @@ class FrontSearch:
         budgets = [self._space.kept_for_sparsity(target) for target in targets]
         return self._space.decode_exact(start + mixes * (end - start), budgets)
 
+    def _alternatives(
+        self, evaluations: list[tuple[Strategy, Evaluation]], round: int, first: int
+    ) -> list[tuple[Strategy, ...]]:
+        """Return the alternatives of every place of a round."""
+        return list(zip(*self._from_network(evaluations, round, first), strict=True))
+
     def _from_network(
         self, evaluations: list[tuple[Strategy, Evaluation]], round: int, first: int
-    ) -> list[Strategy]:
+    ) -> list[list[Strategy]]:
+        """Return a round's strategies: the network's, and where they are screened daring ones."""
         low, high = self.config.sparsity_range
         seed = self.config.seed * 100_003 + round
-        _, net = learn_front(self.config, evaluations, seed=seed)
+        surrogate, net = learn_front(self.config, evaluations, seed=seed)
         shares = (
             torch.arange(first, first + self.round_size, dtype=torch.float64) * _GOLDEN + 0.5
         ) % 1.0
@@ -90,10 +100,15 @@ class FrontSearch:
         budgets = [self._space.kept_for_sparsity(target) for target in targets.tolist()]
         with torch.no_grad():
             if self.config.tasks:
-                points = task_answers(net, self._space, targets, self._weightings(first))
+                ways = [task_answers(net, self._space, targets, self._weightings(first))]
             else:
-                points = size_answers(net, self._space, targets)
-        return self._space.decode_exact(points, budgets)
+                ways = [size_answers(net, self._space, targets)]
+        if self.config.screening is not None:
+            assert isinstance(surrogate, GaussianProcess), "tasks are not screened"
+            start = net.logits(target_features(net.kind, targets))
+            kept = self._space.relaxed_budgets(targets)
+            ways += daring_points(surrogate.posterior, self._space, start, kept)
+        return [self._space.decode_exact(way, budgets) for way in ways]
 
     def _weightings(self, first: int) -> Tensor:
         """Return the ``round x k`` task weights that a round asks for: each task alone, then all.

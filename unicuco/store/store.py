@@ -162,7 +162,7 @@ class EvaluationStore:
         self._insert_by_fidelity(ASKS, SCREENING_ASKS, [ask_row(ask) for ask in asks])
 
     def asks(self) -> list[Ask]:
-        """Return every recorded ask by round and position."""
+        """Return every recorded ask by round and position, those on part of the text first."""
         return [row_ask(row) for row in self._ordered_rows(ASKS, SCREENING_ASKS)]
 
     def append(self, results: Sequence[tuple[Ask, Outcome]]) -> None:
@@ -181,7 +181,7 @@ class EvaluationStore:
         self._insert_by_fidelity(EVALUATIONS, SCREENINGS, rows, (TASK_VALUES, values))
 
     def read(self) -> Iterator[tuple[Ask, Outcome]]:
-        """Return every recorded outcome with its ask, by round and position."""
+        """Return every recorded outcome with its ask, in the order of `asks`."""
         rows = self._ordered_rows(EVALUATIONS, SCREENINGS)
         values: dict[str, list[TaskValue]] = {}
         if TASK_VALUES.name in self._tables:
@@ -247,14 +247,16 @@ class EvaluationStore:
         return () if "asked_tokens" in row else tuple(values.get(row["strategy_key"], ()))
 
     def _ordered_rows(self, whole: Table, partial: Table) -> list[RowMapping]:
-        """Return the rows of both tables by round and position."""
+        """Return the rows of both tables by round, in each those on part of the text first."""
         rows = [
             row
             for table in (whole, partial)
             if table.name in self._tables
             for row in self._rows(select(table).order_by(table.c.round, table.c.position))
         ]
-        return sorted(rows, key=lambda row: (row["round"], row["position"]))
+        return sorted(
+            rows, key=lambda row: (row["round"], "asked_tokens" not in row, row["position"])
+        )
 
     def _insert_by_fidelity(
         self,

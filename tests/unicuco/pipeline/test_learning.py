@@ -14,7 +14,9 @@ from tests.unicuco.pipeline.conftest import ignore_progress, tiny_options
 from unicuco.errors import ModelError, RequestError, RunError, TextError
 from unicuco.pipeline import LearnOptions, LocalBackend, Progress, Run, learn
 from unicuco.pipeline.files import save_json
+from unicuco.pipeline.report import learning_curve
 from unicuco.ranks import RankStore
+from unicuco.search.screening import ALTERNATIVES
 from unicuco.store import EvaluationStore
 from unicuco.testing.tiny import tiny_model_folder
 from unicuco.types import Evaluation, Strategy
@@ -312,6 +314,31 @@ def test_a_finished_run_is_extended_by_a_larger_total(
     assert values(again.folder) == values(extended.folder)
 
 
+def test_alternatives_on_few_tokens_have_their_own_records_and_count_their_share(
+    learn_tiny: Learn, run: Run, tmp_path: Path
+) -> None:
+    learned = learn_tiny(screen_tokens=60, evaluations=8)
+    manifest = learned.manifest
+    with EvaluationStore.open(learned.folder / "evaluations.db", create=False) as store:
+        results = list(store.read())
+        units = sum(measured.cost_units for measured in store.measurements())
+    whole = [(ask, outcome) for ask, outcome in results if ask.tokens is None]
+    cheap = [(ask, outcome) for ask, outcome in results if ask.tokens is not None]
+    assert [(a.strategy.key, o.kl) for a, o in whole[:6]] == [v[:2] for v in values(run.folder)]
+    assert (len(whole), manifest["evaluations"]) == (8, 8)
+    assert 4 <= len(cheap) == manifest["screenings"] <= 2 * ALTERNATIVES
+    for _, outcome in cheap:
+        assert (outcome.tokens, outcome.cost_units, outcome.gradient) == (64, 64 / 256, None)
+    chosen = {ask.strategy.key for ask, _ in whole[6:]}
+    assert chosen <= {ask.strategy.key for ask, _ in cheap}
+    assert manifest["cost_units"] == units + 8 * 3 + len(cheap) / 4
+    curve = learning_curve(learned)
+    assert len(curve) == 8
+    assert curve[-1].units - curve[5].units == 2 * 3 + len(cheap) / 4
+    with pytest.raises(RunError, match="begun with another screen_tokens"):
+        learn_tiny(resume=True, screen_tokens=30, evaluations=8)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -332,6 +359,8 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(learn_tiny: Learn, tmp_p
         learn_tiny(context=65)
     with pytest.raises(ModelError):
         learn_tiny(model=tmp_path / "nothing")
+    with pytest.raises(RequestError, match="250 come to the whole search text in windows of 32"):
+        learn_tiny(screen_tokens=250)
     assert not (tmp_path / "run").exists()
 
 
@@ -355,6 +384,14 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(learn_tiny: Learn, tmp_p
         ({"round_size": 0}, "round-size must be at least 1"),
         ({"round_size": 8, "preset": "paper"}, "round-size is for preset default"),
         ({"round_size": 8, "dimensions": ("depth",)}, "round-size is for preset default"),
+        ({"screen_tokens": 0}, "screen-tokens must be at least 1"),
+        ({"screen_tokens": 3072}, r"screen-tokens must be below tokens \(3072\), got 3072"),
+        ({"screen_tokens": 64, "preset": "paper"}, "screen-tokens is for preset default"),
+        ({"screen_tokens": 64, "dimensions": ("width",)}, "screen-tokens is for preset default"),
+        (
+            {"screen_tokens": 64, "tasks": (("a", Path("a")), ("b", Path("b")))},
+            "screen-tokens is for preset default and the dimension sparsity, without tasks",
+        ),
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"tokens": 1}, "tokens must be at least 2"),
         ({"context": 1}, "context must be at least 2"),
