@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_initialized
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -35,10 +34,10 @@ from cluster.actors import (
     build_local_evaluator,
     build_stage,
 )
-from cluster.head import HeadWatch
+from cluster.head import CLIENT, HeadWatch
 from cluster.learner import RaySearch, start_learner
 from cluster.level_crew import LevelCrew
-from cluster.local_ray import connected
+from cluster.local_ray import connected, named_address
 from cluster.metrics import RayMeter
 from cluster.pool import RayPool
 from cluster.replicas import ActorReplica, PipelineReplica, Replica
@@ -241,8 +240,10 @@ class RayBackend:
     def _connect(self, array_bytes: int) -> None:
         joins = self._address != "local" and not ray.is_initialized()
         self._stack.enter_context(connected(self._address, array_bytes))
-        if joins and _internal_kv_initialized():  # type: ignore[no-untyped-call]  # no remote client
-            watch = HeadWatch(ray.get_runtime_context().gcs_address)
+        if joins:
+            address = named_address(self._address)
+            is_outside = address.startswith(CLIENT)
+            watch = HeadWatch(address if is_outside else ray.get_runtime_context().gcs_address)
             self._stack.callback(watch.stop)
 
     def _cpu_share(self) -> float:

@@ -109,9 +109,10 @@ def connect(*, address: str, **options: Any) -> None:
         ClusterError: there is no such cluster, it lets nobody in, or it can't be started.
     """
     if address != "local":
-        _check_reachable(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+        _check_reachable(named_address(address))
     on_sigterm = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.util.client.logsclient").disabled = True  # Ray sets its level anew
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every actor warns
     # What a raylet has to say would come out on stdout, whatever `log_to_driver` is.
     ray_worker._worker_logs_enabled = False
@@ -123,6 +124,11 @@ def connect(*, address: str, **options: Any) -> None:
         # Set again, Ray's handler (it leaves by `sys.exit`) is rid of the stack trace around it.
         its = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, its if on_sigterm is signal.SIG_DFL else on_sigterm)
+
+
+def named_address(address: str) -> str:
+    """Return what "auto" stands for where RAY_ADDRESS names a cluster; others as they are."""
+    return os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
 
 
 def _check_reachable(address: str) -> None:
@@ -144,7 +150,9 @@ def _check_reachable(address: str) -> None:
 
 
 def _explained(address: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # What a client server raised comes after a line that only says so.
+    reason = (lines[-1] if lines[0].endswith("from server:") else lines[0])[:300]
     if address == "local":
         return f"Ray can't be started here ({reason}): try --address none, which needs no Ray"
     return (

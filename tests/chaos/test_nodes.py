@@ -15,6 +15,7 @@ import pytest
 
 from tests.chaos.jobs import EVALUATIONS, Job, joined, learning, rows
 from tests.ray_heads import ROOT, Cluster, Node, actors, kill, ray_head
+from tests.serve.conftest import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,8 +27,8 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def bare_head() -> AbstractContextManager[Cluster]:
-    options = {"num-cpus": 0, "include-dashboard": "false"}
+def bare_head(**more: object) -> AbstractContextManager[Cluster]:
+    options = {"num-cpus": 0, "include-dashboard": "false", **more}
     return ray_head(lambda cluster: dict(options), {})
 
 
@@ -113,3 +114,25 @@ def test_a_head_that_is_gone_is_one_line_and_the_run_goes_on_on_another(
             code, output, errors = job.end()
         assert (code, errors) == (0, ""), output
     assert rows(tmp_path / "run") == undisturbed
+
+
+def test_a_driver_outside_whose_head_is_gone_is_one_line_and_the_run_goes_on(
+    tmp_path: Path, tiny_llama: Path, tiny_text_file: Path
+) -> None:
+    port = free_port()
+    small = {"model": str(tiny_llama), "calibration": str(tiny_text_file), "context": 64}
+    with bare_head(**{"num-cpus": 1, "ray-client-server-port": port}) as cluster:
+        environment = cluster.environment | {"RAY_CLIENT_RECONNECT_GRACE_PERIOD": "12"}
+        address = f"ray://127.0.0.1:{port}"
+        with learning(tmp_path, environment, **small, address=address, evaluations=999) as job:
+            job.wait_for_rows(3)
+            kill(cluster)
+            line = one_line(job)
+    assert line.startswith(f"the head of the Ray cluster at {address} is gone: what was recorded")
+    kept = rows(tmp_path / "run")
+    with learning(
+        tmp_path, {}, **small, address="none", resume=True, evaluations=len(kept) + 3
+    ) as job:
+        code, output, errors = job.end()
+    assert (code, errors) == (0, ""), output
+    assert rows(tmp_path / "run")[: len(kept)] == kept
