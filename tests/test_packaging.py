@@ -24,18 +24,8 @@ CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
 PARTS = sorted(module.name for module in pkgutil.iter_modules(unicuco.__path__))
 # In the order of the design, bottom to top; plots stand between export and those who draw.
 LAYERS = [
-    *(
-        "errors",
-        "files",
-        "headers",
-        "remote",
-        "types",
-        "bits",
-        "space",
-        "models",
-        "reference",
-        "calibration",
-    ),
+    *("errors", "files", "headers", "tensors", "remote", "types", "bits", "space"),
+    *("models", "reference", "calibration"),
     "importance",
     *("rows", "ranks", "levels", "pruners"),
     *("dimensions", "objectives", "allocate", "evaluate", "shards", "surrogate"),

@@ -82,3 +82,16 @@ def parse_header(header: bytes, name: str) -> tuple[TensorEntry, ...]:
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{name} has a damaged safetensors header: {error!r}") from None
     return tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end)))
+
+
+def read_metadata(header: FileHeader) -> dict[str, str]:
+    """Return the words that whoever wrote a file put into its header.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is no longer the file that it was.
+    """
+    with header.path.open("rb") as stream:
+        text = stream.read(header.data_offset)[_LENGTH_BYTES:]
+    words = json.loads(text).get("__metadata__", {})
+    return {str(name): str(word) for name, word in words.items()}

@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unicuco.errors import ModelError, RunError, StorageError
+from unicuco.headers import read_metadata
 from unicuco.importance import ImportanceMetric, SiteStats, StatKind
 from unicuco.models import read_site
 from unicuco.rows import row_counts
+from unicuco.tensors import map_tensors
 from unicuco.types import ModelProfile
 
 _FORMAT: Final = 1
@@ -279,10 +281,9 @@ def _replace(staged: Path, folder: Path) -> None:
 
 def _read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        file, tensors = map_tensors(path)
+        header = json.loads(read_metadata(file).get(_HEADER, "{}"))
+    except (OSError, ValueError) as error:
         raise RunError(f"{path} is cut off or damaged ({error}); learn the run again") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         found = header.get("format") if isinstance(header, dict) else None

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from unicuco.bits import group_size, pack_words, round_matrix, scale_dtype
@@ -34,6 +32,7 @@ from unicuco.export.tensors import StoredTensor, write_tensors
 from unicuco.headers import TensorEntry
 from unicuco.models import weight_files
 from unicuco.models.folder import read_config
+from unicuco.tensors import map_tensors
 from unicuco.types import ModelProfile, Site
 
 _WORDS: Final = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -76,19 +75,19 @@ def write_quantised(
     places: dict[str, str] = {}
     total = 0
     for header in headers:
-        with safe_open(header.path, framework="pt") as file:
-            tensors: list[StoredTensor] = []
-            for entry in header.entries:
-                read = partial(file.get_tensor, entry.name)
-                site = sites.get(entry.name)
-                if site is None:
-                    tensors.append(StoredTensor(entry.name, entry.dtype, entry.shape, read))
-                else:
-                    upper = None if uppers is None else uppers[site.path]
-                    matrix = _Matrix(entry, site, bits[site.path], read, cut, upper)
-                    tensors += matrix.tensors()
-            name = header.path.name
-            files[name], num_bytes = write_tensors(stage / name, tensors)
+        _, mapped = map_tensors(header.path)
+        tensors: list[StoredTensor] = []
+        for entry in header.entries:
+            read = mapped[entry.name].clone
+            site = sites.get(entry.name)
+            if site is None:
+                tensors.append(StoredTensor(entry.name, entry.dtype, entry.shape, read))
+            else:
+                upper = None if uppers is None else uppers[site.path]
+                matrix = _Matrix(entry, site, bits[site.path], read, cut, upper)
+                tensors += matrix.tensors()
+        name = header.path.name
+        files[name], num_bytes = write_tensors(stage / name, tensors)
         total += num_bytes
         places |= dict.fromkeys((tensor.name for tensor in tensors), name)
     modules = {

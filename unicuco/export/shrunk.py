@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from unicuco.errors import ModelError, VariantError
@@ -28,13 +27,14 @@ from unicuco.export.files import (
 from unicuco.export.names import match_sites
 from unicuco.export.shapes import with_blocks, with_shapes
 from unicuco.export.tensors import StoredTensor, write_tensors
-from unicuco.headers import TensorEntry
+from unicuco.headers import FileHeader, TensorEntry
 from unicuco.importance.units import UnitStore
 from unicuco.models import weight_files
 from unicuco.models.block_shapes import BlockShape
 from unicuco.models.folder import read_config
 from unicuco.ranks import RankStore, cut, narrowed_rank
 from unicuco.space import Shape, StrategySpace
+from unicuco.tensors import map_tensors
 from unicuco.types import ModelProfile, Part, Site, Strategy
 
 
@@ -141,7 +141,7 @@ def write_shrunk(
         kept = [(entry, new) for entry in header.entries if (new := cutter.new_name(entry.name))]
         if kept:
             name = header.path.name
-            files[name] = _write_file(stage / name, header.path, kept, cutter)
+            files[name] = _write_file(stage / name, header, kept, cutter)
             places |= dict.fromkeys((new for _, new in kept), name)
     config = without_sparsity_config(json.dumps(plan.config).encode())
     files |= write_json(stage / "config.json", json.loads(config))
@@ -250,19 +250,19 @@ class _Cutter:
 
 
 def _write_file(
-    target: Path, source: Path, kept: Iterable[tuple[TensorEntry, str]], cutter: _Cutter
+    target: Path, source: FileHeader, kept: Iterable[tuple[TensorEntry, str]], cutter: _Cutter
 ) -> str:
     """Write one safetensors file, one tensor at a time, and return its sha256."""
-    with safe_open(source, framework="pt") as file:
-        tensors = [
-            StoredTensor(
-                new,
-                entry.dtype,
-                tuple(cutter.new_shape(entry.name, entry.shape)),
-                lambda name=entry.name: cutter.tensor(name, file.get_tensor(name)),  # type: ignore[misc]
-            )
-            for entry, new in kept
-        ]
-        digest, num_bytes = write_tensors(target, tensors)
+    _, mapped = map_tensors(source.path)
+    tensors = [
+        StoredTensor(
+            new,
+            entry.dtype,
+            tuple(cutter.new_shape(entry.name, entry.shape)),
+            lambda entry=entry: cutter.tensor(entry.name, mapped[entry.name]),  # type: ignore[misc]
+        )
+        for entry, new in kept
+    ]
+    digest, num_bytes = write_tensors(target, tensors)
     cutter.num_bytes += num_bytes
     return digest

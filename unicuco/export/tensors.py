@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from unicuco.export.staging import HashedFile
+from unicuco.tensors import TYPES
 
 _ALIGNMENT: Final = 8  # the format's headers end at multiples of it
-_ITEM_BYTES: Final = {
-    "F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * TYPES[self.dtype].itemsize
 
 
 def write_tensors(target: Path, tensors: Sequence[StoredTensor]) -> tuple[str, int]:

@@ -4,7 +4,8 @@ The base's weight files are copied byte for byte except for the sites, whose dro
 zero on the way through one small buffer: memory stays at one matrix, everything else is
 bit-identical by construction, and the sha256 is taken of the file while it grows. Where the files'
 tensors can't be matched to the sites without doubt, the model is loaded in the files' own type, cut
-and saved instead. What this module does not know: how a strategy was found.
+and saved instead: this alone needs memory for all of it. What this module does not know: how a
+strategy was found.
 
 Sites of a level database are taken from there instead, in the files' own type. Variants of smaller
 shapes are written by `unicuco.export.shrunk`, those of fewer bits by `unicuco.export.quantised`.

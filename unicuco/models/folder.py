@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Final
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 
 from unicuco.errors import ModelError, StorageError
+from unicuco.headers import read_header
 from unicuco.models.fetching import fetch_model
 from unicuco.models.index import INDEX, SINGLE, parse_index
 from unicuco.remote import is_url, local_path
@@ -177,9 +177,8 @@ def _no_weights(folder: Path) -> str:
 
 def _tensor_names(path: Path) -> set[str]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
+        return {entry.name for entry in read_header(path).entries}
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} is cut off or damaged ({error}); fetch the model again"
         ) from error

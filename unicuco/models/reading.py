@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -26,21 +25,7 @@ from transformers.core_model_loading import (
 from unicuco.errors import ModelError
 from unicuco.headers import TensorEntry, parse_header
 from unicuco.models.weights import WeightFile, WeightSource, changed
-
-_DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from unicuco.tensors import type_of
 
 
 class TensorReader:
@@ -110,14 +95,11 @@ class TensorReader:
         return self._entries[file.name][stored]
 
     def _tensor(self, file: WeightFile, entry: TensorEntry) -> Tensor:
-        dtype = _DTYPES.get(entry.dtype)
-        num_bytes = entry.end - entry.begin
-        if dtype is None or num_bytes != math.prod(entry.shape) * dtype.itemsize:
-            raise ModelError(
-                f"{self._source.place}/{file.name}: {entry.name} is of type {entry.dtype}, which "
-                "can't be read, or of another size than its shape says"
-            )
-        data = torch.empty(num_bytes, dtype=torch.uint8)
+        try:
+            dtype = type_of(entry)
+        except ValueError as error:
+            raise ModelError(f"{self._source.place}/{file.name} can't be read: {error}") from error
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         begin = file.header_bytes + entry.begin
         self._source.read_into(file, begin, data.numpy().data)
         return data.view(dtype).view(entry.shape)

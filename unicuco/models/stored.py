@@ -12,21 +12,12 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from unicuco.headers import read_header
 from unicuco.models.parts import count_parts
+from unicuco.tensors import TYPES
 from unicuco.types import ModelProfile
-
-_ITEM_BYTES: Final = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
-
 
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -82,8 +73,7 @@ def with_stored_bytes(
 def _stored_types(files: Sequence[Path]) -> dict[str, str]:
     types: dict[str, str] = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            types |= {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        types |= {entry.name: entry.dtype for entry in read_header(path).entries}
     return types
 
 
@@ -95,7 +85,8 @@ def _item_bytes(name: str, parameter: torch.Tensor, types: Mapping[str, str]) ->
     """
     found = {types[name]} if name in types else _by_tail(name, types)
     kind = found.pop() if len(found) == 1 else Counter(types.values()).most_common(1)[0][0]
-    return _ITEM_BYTES.get(kind, parameter.element_size())
+    dtype = TYPES.get(kind, parameter.dtype)
+    return (dtype if dtype.is_floating_point else parameter.dtype).itemsize
 
 
 def _by_tail(name: str, types: Mapping[str, str]) -> set[str]:

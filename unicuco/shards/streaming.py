@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unicuco.calibration import TokenSet, check_vocabulary, measure_input_norms
@@ -34,6 +34,7 @@ from unicuco.objectives import DenseReference
 from unicuco.ranks import RankStore, build_ranks
 from unicuco.shards.skeleton import Skeleton
 from unicuco.shards.stage import Drops, Stage
+from unicuco.tensors import map_tensors
 from unicuco.types import ModelProfile
 
 
@@ -218,4 +219,4 @@ class StreamedModel:
 def _spill(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Move tensors into a file, from which they are read where they are looked at."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return load_file(path)
+    return map_tensors(path)[1]
