@@ -24,7 +24,7 @@ CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
 PARTS = sorted(module.name for module in pkgutil.iter_modules(unicuco.__path__))
 # In the order of the design, bottom to top; plots stand between export and those who draw.
 LAYERS = [
-    *("errors", "files", "headers", "tensors", "remote", "types", "bits", "space"),
+    *("errors", "files", "headers", "tensors", "memory", "remote", "types", "bits", "space"),
     *("models", "reference", "calibration"),
     "importance",
     *("rows", "ranks", "levels", "pruners"),

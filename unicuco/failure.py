@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import typer
 
 from unicuco.errors import UnicucoError
+from unicuco.memory import is_lack_of_memory
 
 _DISK_FULL = "No space left on device"
 
@@ -34,9 +35,10 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure(exit_code=error.exit_code, line=_line(error.format_message()), usage=usage)
     if isinstance(error, KeyboardInterrupt):
         return Failure(exit_code=1, line=_line("interrupted; what was recorded is kept"))
-    if isinstance(error, MemoryError):
+    if is_lack_of_memory(error):
         return Failure(
-            exit_code=1, line=_line("out of memory; use a smaller model or fewer replicas")
+            exit_code=1,
+            line=_line("out of memory; use more shards, fewer replicas or a smaller model"),
         )
     if isinstance(error, OSError):
         return Failure(exit_code=1, line=_line(_describe_os_error(error)))

@@ -23,6 +23,7 @@ from unicuco.failure import describe_failure
         (OSError("odd"), 1, "odd"),
         (ValueError("Io: No space left on device (os error 28)"), 1, "disk is full"),
         (MemoryError(), 1, "out of memory"),
+        (RuntimeError("[alloc_cpu] can't allocate memory: 9 bytes"), 1, "out of memory"),
         (KeyboardInterrupt(), 1, "interrupted"),
         (KeyError("axis"), 1, "unexpected KeyError"),
     ],

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from unicuco.allocate.evidence import Evidence
 from unicuco.dimensions import Granularity
 from unicuco.errors import AllocationError, InfeasibleRequestError
+from unicuco.memory import free_bytes
 from unicuco.space import StrategySpace
 from unicuco.types import Site, Strategy
 
@@ -43,12 +43,12 @@ def check_memory(name: str, num_bytes: int, *, available: int | None = None) -> 
     Args:
         name: of the allocator.
         num_bytes: what its masks, gradients and copies take.
-        available: bytes that are free; none: as the system says.
+        available: bytes that are free; none: all that this process may take.
 
     Raises:
         AllocationError: they don't fit.
     """
-    free = int(psutil.virtual_memory().available) if available is None else available
+    free = free_bytes() if available is None else available
     if num_bytes > free:
         raise AllocationError(
             f"{name} needs gradients of this model, about {num_bytes / 2**30:.1f} GiB beside it, "

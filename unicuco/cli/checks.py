@@ -194,12 +194,14 @@ def check_disk() -> Check:
 
 
 def check_memory() -> Check:
-    """Memory that can be had now."""
+    """Memory that can be had now, within the limits that this process is under."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
-    ok = memory.available >= _LEAST_MEMORY_BYTES
+    from unicuco.memory import free_bytes
+
+    free = free_bytes()
+    found = f"{free / _GIB:.1f} of {psutil.virtual_memory().total / _GIB:.1f} GiB available"
+    ok = free >= _LEAST_MEMORY_BYTES
     advice = "" if ok else "close other programs; small models may still work"
     return Check(name="memory", ok=ok, found=found, advice=advice)
 

@@ -30,6 +30,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from unicuco.errors import ModelError
+from unicuco.memory import is_lack_of_memory
 from unicuco.models.folder import (
     check_model_folder,
     model_digest,
@@ -133,20 +134,14 @@ def build_skeleton(
     return _build(parsed, dtype=dtype, on_meta=on_meta)
 
 
-def build_on_meta(folder: Path, *, fewer_bits: bool = False) -> PreTrainedModel:
+def build_on_meta(folder: Path) -> PreTrainedModel:
     """Build the model of a folder as `build_skeleton` does, without memory for its parameters.
-
-    Args:
-        folder: of the model.
-        fewer_bits: also of a variant of fewer bits, as `load_model` takes it.
 
     Raises:
         ModelError: no usable model is there.
     """
     check_model_folder(folder)
-    config = _load_config(folder, fewer_bits=fewer_bits)
-    config.__dict__.pop("quantization_config", None)
-    return _build(config, dtype=torch.float32, on_meta=True)
+    return _build(_load_config(folder), dtype=torch.float32, on_meta=True)
 
 
 def _build(parsed: PreTrainedConfig, *, dtype: torch.dtype, on_meta: bool) -> PreTrainedModel:
@@ -250,6 +245,11 @@ def _from_pretrained(
         )
     # Shapes that differ, a missing library, too little memory: transformers raises anything here.
     except Exception as error:
+        if is_lack_of_memory(error):
+            raise ModelError(
+                f"{folder} does not fit into memory as a whole; learn it in more --shards, or free "
+                "some memory"
+            ) from error
         raise ModelError(f"{folder} can't be loaded: {_first_line(error)}") from error
     return model, report
 

@@ -1,6 +1,8 @@
 """The dense model as preparation and validation need it: in memory as a whole, or block by block.
 
-Both give the same numbers to the bit. What this module does not know: what they are for.
+Both give the same numbers to the bit. Level databases, shapes, bits and clustered samples of text
+need the whole model still; learning in shards refuses them. What this module does not know: what
+the passes are for.
 """
 
 from __future__ import annotations

@@ -1,26 +1,30 @@
 """Logits of a folder's model over windows: of the whole model in memory, or block by block.
 
-The two agree; which of them it is depends on the memory that there is. What this module does not
-know: what the logits are compared with.
+The two agree; which of them it is depends on the memory that this process may take. A variant of
+fewer bits needs memory for all of it in floats still. What this module does not know: what the
+logits are compared with.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
-from unicuco.models import LoadedModel, load_model, read_site, resolve_model
-from unicuco.models.load import build_on_meta
+from unicuco.headers import read_header
+from unicuco.memory import free_bytes
+from unicuco.models import LoadedModel, load_model, read_site, resolve_model, weight_files
+from unicuco.models.folder import read_config
 from unicuco.shards.profile import load_ghost
 from unicuco.shards.streaming import StreamedModel
 
 _WINDOWS_PER_PASS: Final = 2
 _FLOAT_BYTES: Final = 4
+_PER_WORD: Final = {"I32": 8}  # weights of four bits
 _SHARE: Final = 0.8  # of the memory that is free; activations need some too
 
 
@@ -45,11 +49,11 @@ class WholePredictor:
     """A model in memory.
 
     Args:
-        name: as `resolve_model` takes it.
+        folder: of the model.
     """
 
-    def __init__(self, name: Path | str) -> None:
-        self.loaded = load_model(name, fewer_bits=True)
+    def __init__(self, folder: Path) -> None:
+        self.loaded = load_model(folder, fewer_bits=True)
 
     @torch.no_grad()
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
@@ -68,11 +72,11 @@ class BlockwisePredictor:
     """A model of which one block at a time is in memory.
 
     Args:
-        name: as `resolve_model` takes it.
+        folder: of the model, which stores floats.
     """
 
-    def __init__(self, name: Path | str) -> None:
-        self.loaded = load_ghost(resolve_model(str(name)))
+    def __init__(self, folder: Path) -> None:
+        self.loaded = load_ghost(folder)
         config = self.loaded.model.config.to_json_string()
         self._streamed = StreamedModel(self.loaded.folder, config, self.loaded.profile)
         self._streamed.check_causal()
@@ -95,22 +99,27 @@ def _sparsity(zeros: int, loaded: LoadedModel, site_weights: int) -> float:
 def open_predictors(*names: Path | str) -> list[Predictor]:
     """Open models to be run side by side: as wholes if all of them fit into memory together.
 
+    A variant of fewer bits is taken as a whole even where it does not fit.
+
     Raises:
         ModelError: one of them is no usable model.
     """
-    needed = sum(_whole_bytes(name) for name in names)
-    kind = WholePredictor if needed <= _SHARE * free_bytes() else BlockwisePredictor
-    return [kind(name) for name in names]
+    folders = [resolve_model(str(name)) for name in names]
+    fit = sum(map(_whole_bytes, folders)) <= _SHARE * free_bytes()
+    return [
+        WholePredictor(folder)
+        if fit or "quantization_config" in read_config(folder)
+        else BlockwisePredictor(folder)
+        for folder in folders
+    ]
 
 
-def free_bytes() -> float:
-    """Return the memory that may still be taken, as the system says."""
-    return float(psutil.virtual_memory().available)
-
-
-def _whole_bytes(name: Path | str) -> int:
-    """Return what a model takes in memory: every weight is four bytes there."""
-    folder = resolve_model(str(name))
-    return sum(
-        _FLOAT_BYTES * p.numel() for p in build_on_meta(folder, fewer_bits=True).parameters()
+def _whole_bytes(folder: Path) -> int:
+    """Return what a model takes: four bytes a weight, and its files, mapped while they are read."""
+    headers = [read_header(path) for path in weight_files(folder)]
+    stored = sum(
+        math.prod(entry.shape) * _PER_WORD.get(entry.dtype, 1)
+        for header in headers
+        for entry in header.entries
     )
+    return _FLOAT_BYTES * stored + sum(header.num_bytes for header in headers)

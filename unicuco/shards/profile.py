@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from unicuco.memory import give_back_freed
 from unicuco.models import LoadedModel, model_digest, profile_model, weight_files
 from unicuco.models.load import build_on_meta
 from unicuco.models.stored import with_stored_bytes
@@ -21,10 +22,12 @@ def load_ghost(folder: Path) -> LoadedModel:
     """Return what `load_model` does of a folder, with ghosts for parameters.
 
     Of the files only the headers are looked at, and all of them are read through for their digest.
+    Whoever calls this counts on little memory: from now on the process gives back what it frees.
 
     Raises:
         ModelError: no usable model is there, or it is of an unknown shape.
     """
+    give_back_freed()
     model = build_on_meta(folder)
     ghosts = {
         parameter: nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)

@@ -40,19 +40,23 @@ class Stage:
         skeleton: of the model; stages may share it one after the other (`close`).
         blocks: the range, not empty.
         reader: of the model's folder.
+        ends: whether to hold what embeds tokens or makes logits, where the range is at that end.
 
     Raises:
         ModelError: a tensor is missing, broken or shared between stages, or the family can't be
             taken apart.
     """
 
-    def __init__(self, skeleton: Skeleton, blocks: range, reader: TensorReader) -> None:
+    def __init__(
+        self, skeleton: Skeleton, blocks: range, reader: TensorReader, *, ends: bool = True
+    ) -> None:
         self.blocks = blocks
         self.skeleton = skeleton
         profile = skeleton.profile
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == profile.num_blocks
         self.sites = tuple(site for site in profile.sites if site.block in blocks)
+        self._ends = ends
         self._weights: SiteWeights | None = None
         self._buffers: dict[tuple[int, torch.Size], Tensor] = {}
         self._replaced: dict[str, Tensor] = {}
@@ -219,8 +223,8 @@ class Stage:
                 f"{profile.architecture} shares {shared} between modules, which stages can't; "
                 "use one shard"
             )
-        outer = [*(skeleton.before if self.is_first else ())]
-        outer += skeleton.after if self.is_last else ()
+        outer = [*(skeleton.before if self._ends and self.is_first else ())]
+        outer += skeleton.after if self._ends and self.is_last else ()
         # Tied ones are placed under all their names at once.
         return [*own, *{skeleton.aliases[name]: name for name in outer}.values()]
 

@@ -102,7 +102,7 @@ class StreamedModel:
             if stage.is_last:
                 gradient = self._label_gradients(hidden, torch.Generator().manual_seed(seed))
         sums: dict[str, Tensor] = {}
-        for stage in self._stages(backwards=True):
+        for stage in self._stages(backwards=True, ends=False):
             block, own = stage.blocks.start, replace(self.profile, sites=stage.sites)
 
             def run(stage: Stage = stage, block: int = block) -> None:
@@ -121,7 +121,9 @@ class StreamedModel:
     def count_zeros(self) -> int:
         """Return how many of the sites' weights are zero."""
         return sum(
-            int((weight == 0).sum()) for stage in self._stages() for weight in stage.dense.values()
+            int((weight == 0).sum())
+            for stage in self._stages(ends=False)
+            for weight in stage.dense.values()
         )
 
     @torch.no_grad()
@@ -205,11 +207,11 @@ class StreamedModel:
             gradient[place] = end.grad
         return gradient
 
-    def _stages(self, *, backwards: bool = False) -> Iterator[Stage]:
-        """Yield one block after the other, each gone when the next one comes."""
+    def _stages(self, *, backwards: bool = False, ends: bool = True) -> Iterator[Stage]:
+        """Yield one block after the other, each gone when the next one comes; `ends` as `Stage`."""
         order = range(self.profile.num_blocks)
         for block in reversed(order) if backwards else order:
-            stage = Stage(self._skeleton, range(block, block + 1), self._reader)
+            stage = Stage(self._skeleton, range(block, block + 1), self._reader, ends=ends)
             try:
                 yield stage
             finally:

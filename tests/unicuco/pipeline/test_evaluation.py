@@ -46,7 +46,3 @@ def test_what_memory_does_not_hold_is_measured_block_by_block_to_the_same_values
     others = {"kl": None, "perplexity": 0.0}
     assert replace(blockwise, **others) == replace(whole, **others)
     assert whole.sparsity == pytest.approx(0.5, abs=1e-3)
-
-
-def test_the_system_says_how_much_memory_there_is() -> None:
-    assert 2**20 < predicting.free_bytes() < 2**50
