@@ -29,7 +29,10 @@ def cluster() -> Iterator[Cluster]:
 
 def bare_head(**more: object) -> AbstractContextManager[Cluster]:
     options = {"num-cpus": 0, "include-dashboard": "false", **more}
-    return ray_head(lambda cluster: dict(options), {})
+    # A server for a client is a process that imports Ray: half a minute is short where all is busy.
+    return ray_head(
+        lambda cluster: dict(options), {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "200"}
+    )
 
 
 def test_killed_hung_and_new_nodes_leave_the_run_as_it_would_have_been(
