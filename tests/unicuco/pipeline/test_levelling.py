@@ -129,12 +129,12 @@ def test_strategies_meet_their_budgets_at_levels_but_for_one_site(run: Run) -> N
         assert sum(count % step > 0 for count in drops.values()) <= 1
 
 
-def test_the_default_number_of_evaluations_costs_as_many_units_as_with_derivatives(
+def test_levels_know_values_only_and_are_judged_more_often_by_default(
     tmp_path: Path,
 ) -> None:
     options = tiny_options(tmp_path, tmp_path, tmp_path, evaluations=None)
     levels = replace(options, pruner="sparsegpt")
-    assert levels.num_evaluations == 3 * options.num_evaluations
+    assert levels.num_evaluations > 3 * options.num_evaluations, "one with derivatives costs three"
     assert replace(levels, preset="paper").num_evaluations == 110
     with pytest.raises(RequestError, match="magnitude, wanda, sparsegpt; got 'obc'"):
         replace(options, pruner="obc")
