@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
-from unicuco.errors import RunError
+from unicuco.errors import RunError, SurrogateError
 from unicuco.files import file_digest, replace_with
 from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS
@@ -38,7 +38,7 @@ from unicuco.search.drive import AskTell, Pool, Progress, drive
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.stratnet import StratNet, StratNetAllocator
 from unicuco.surrogate import GaussianProcess, Intervals, Surrogate, TaskSurrogates
-from unicuco.types import Ask, Evaluation, Outcome, ServedAs, Strategy
+from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, ServedAs, Strategy
 
 _FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
 _VALIDATION_POINTS: Final = 12
@@ -75,7 +75,10 @@ def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) ->
         config = replace(
             prepared.search, training=replace(prepared.search.training, steps=_FINAL_STEPS)
         )
-        surrogate, net = learn_network(config, evaluations, seed=options.seed)
+        try:
+            surrogate, net = learn_network(config, evaluations, seed=options.seed)
+        except SurrogateError as error:
+            raise SurrogateError(f"{error}{_failures(store)}") from error
         progress(Progress(stage="train", done=1, total=1))
         validation, intervals = _validate(prepared, surrogate, net, store, progress)
         if options.store:
@@ -86,6 +89,18 @@ def learn(options: LearnOptions, *, backend: Backend, progress: ProgressSink) ->
         draw_strategies(run, folder / "strategies.png")
         publisher.publish(store)
     return run
+
+
+def _failures(store: EvaluationStore) -> str:
+    """Return what to add to a line that says that too little is known: why evaluations failed."""
+    outcomes = [outcome for _, outcome in store.read()]
+    failed = [outcome for outcome in outcomes if isinstance(outcome, FailedEvaluation)]
+    if not failed:
+        return ""
+    return (
+        f"; {len(failed)} of {len(outcomes)} failed, the last by {failed[-1].kind}: "
+        f"{failed[-1].message}; mend that, then --resume with more --evaluations"
+    )
 
 
 def _prepared(options: LearnOptions, store: EvaluationStore, progress: ProgressSink) -> Prepared:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.unicuco.pipeline.conftest import ignore_progress, tiny_options
-from unicuco.errors import ModelError, RequestError, RunError, TextError
+from unicuco.errors import ModelError, RequestError, RunError, SurrogateError, TextError
+from unicuco.evaluate import LocalEvaluator
 from unicuco.pipeline import LearnOptions, LocalBackend, Progress, Run, learn
 from unicuco.pipeline.files import save_json
 from unicuco.pipeline.report import learning_curve
@@ -434,3 +435,18 @@ def test_a_driver_that_comes_second_leaves_the_firsts_store(
     with pytest.raises(RunError, match="another driver"):
         learn_tiny()
     assert (tmp_path / "run" / "evaluations.db").exists()
+
+
+def test_where_too_little_was_measured_the_line_says_why(
+    learn_tiny: Learn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def evaluate(self: LocalEvaluator, strategy: Strategy, **options: object) -> Evaluation:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(LocalEvaluator, "evaluate", evaluate)
+    why = r"4 of 4 failed, the last by RuntimeError: no memory left; mend that, then --resume"
+    with pytest.raises(SurrogateError, match=why):
+        learn_tiny(evaluations=4)
+    monkeypatch.undo()
+    assert len(recorded(tmp_path / "run")) == 4
+    assert learn_tiny(evaluations=8, resume=True).manifest["failed"] == 4
