@@ -7,6 +7,7 @@ from benchmarks import (
     bits,
     bits_joint,
     cluster,
+    learning,
     predictions,
     quality,
     scale,
@@ -28,6 +29,7 @@ def main() -> None:
     bits_joint.main([])
     shrink.main([])
     predictions.main([])
+    learning.main([])
     serve.main([])
     serve_models.main([])
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import Bench, save, table
-from unicuco.allocate import ALLOCATORS
+from unicuco.allocate import ALLOCATORS, Allocator
 from unicuco.search import SearchConfig, build_search, learn_network
 from unicuco.search.hypervolume import hypervolume
 from unicuco.stratnet import StratNetAllocator
@@ -79,7 +79,7 @@ def optimise_directly(
     return bench.space.decode_exact(points, [int(k) for k in kept])
 
 
-def front_hypervolume(bench: Bench, allocator: StratNetAllocator) -> float:
+def front_hypervolume(bench: Bench, allocator: Allocator) -> float:
     """Return the hypervolume of (kept fraction, log test KL), bounded by (1, KL of 3 nats)."""
     kl = torch.tensor(bench.test_kl(allocator.allocate(FRONT)), dtype=torch.float64)
     points = torch.stack([1 - torch.tensor(FRONT).double(), (kl + EPSILON).log()], dim=1)
