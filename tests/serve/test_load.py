@@ -15,6 +15,8 @@ from serve.asks import Ask
 from tests.serve.conftest import Server
 from unicuco.types import Request, Target
 
+pytestmark = pytest.mark.slow  # bursts come whole only where no other tests run beside them
+
 
 async def burst(url: str, number: int) -> list[httpx.Response]:
     limits = httpx.Limits(max_connections=number)
