@@ -4,8 +4,8 @@ SHELL := /bin/sh
 PYTHON := $(shell for p in python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && { command -v "$$p"; break; }; done)
 RUN := .venv/bin/python -m
-# In the order of their names: what measures a cluster comes before a service that takes a part of it.
-QUICK := $(RUN) pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes; tests in the order of their names, for a service takes a part of the Ray that it shares with others.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast check fix bench venv browser
 .DEFAULT_GOAL := test
@@ -22,10 +22,10 @@ demo: venv
 	$(RUN) unicuco.cli.demo
 
 test: browser
-	$(QUICK); quick=$$?; $(RUN) pytest -m slow && exit $$quick
+	$(RUN) pytest -m "not slow and not ray" $(SIDE_BY_SIDE); first=$$?; $(RUN) pytest -m "slow or ray" && exit $$first
 
 test-fast: venv
-	$(QUICK)
+	$(RUN) pytest -m "not slow" $(SIDE_BY_SIDE)
 
 check: venv
 	$(RUN) ruff check .
