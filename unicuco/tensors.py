@@ -38,6 +38,8 @@ TYPES: Final = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Those that sites may be stored in and models are computed in.
+FLOATS: Final = {word: TYPES[word] for word in ("F64", "F32", "F16", "BF16")}
 
 
 def type_of(entry: TensorEntry) -> torch.dtype:

@@ -15,16 +15,9 @@ import torch
 from unicuco.errors import ModelError
 from unicuco.export.staging import HashedFile
 from unicuco.headers import FileHeader, read_header
+from unicuco.models.index import INDEX, SINGLE
 from unicuco.models.weights import fill_buffer
 
-SINGLE: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
-DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 # Everything beside the weights that from_pretrained, an engine or a licence may need; never code or
 # pickles.
 _SMALL_FILES: Final = (

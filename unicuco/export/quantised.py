@@ -19,8 +19,6 @@ from torch import Tensor
 from unicuco.bits import group_size, pack_words, round_matrix, scale_dtype
 from unicuco.errors import ModelError
 from unicuco.export.files import (
-    DTYPES,
-    SINGLE,
     read_checked_header,
     without_sparsity_config,
     write_index,
@@ -32,7 +30,8 @@ from unicuco.export.tensors import StoredTensor, write_tensors
 from unicuco.headers import TensorEntry
 from unicuco.models import weight_files
 from unicuco.models.folder import read_config
-from unicuco.tensors import map_tensors
+from unicuco.models.index import SINGLE
+from unicuco.tensors import FLOATS, map_tensors
 from unicuco.types import ModelProfile, Site
 
 _WORDS: Final = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -69,7 +68,7 @@ def write_quantised(
         )
     sites = {names[site.path]: site for site in profile.sites}
     for name in sites:
-        if entries[name].dtype not in DTYPES:
+        if entries[name].dtype not in FLOATS:
             raise ModelError(f"{folder} stores {name} as {entries[name].dtype}, which can't be cut")
     files: dict[str, str] = {}
     places: dict[str, str] = {}

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from unicuco.errors import ModelError, VariantError
 from unicuco.export.files import (
-    SINGLE,
     read_checked_header,
     without_sparsity_config,
     write_index,
@@ -32,6 +31,7 @@ from unicuco.importance.units import UnitStore
 from unicuco.models import weight_files
 from unicuco.models.block_shapes import BlockShape
 from unicuco.models.folder import read_config
+from unicuco.models.index import SINGLE
 from unicuco.ranks import RankStore, cut, narrowed_rank
 from unicuco.space import Shape, StrategySpace
 from unicuco.tensors import map_tensors

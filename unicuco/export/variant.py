@@ -26,8 +26,6 @@ from unicuco.dimensions import ByteCost
 from unicuco.errors import ModelError, VariantError
 from unicuco.export.document import DOCUMENT_NAME, CheckpointRef, VariantDocument
 from unicuco.export.files import (
-    DTYPES,
-    INDEX,
     copy_bytes,
     copy_small_files,
     open_file,
@@ -45,11 +43,13 @@ from unicuco.importance.units import UnitStore
 from unicuco.levels import LevelDatabase
 from unicuco.models import read_site, weight_files
 from unicuco.models.fetching import place_of
+from unicuco.models.index import INDEX
 from unicuco.models.weights import fill_buffer
 from unicuco.pruners import LevelPruner
 from unicuco.ranks import RankStore, cut
 from unicuco.rows import RowRule
 from unicuco.space import StrategySpace
+from unicuco.tensors import FLOATS
 from unicuco.types import ModelProfile, Plan, ServedAs, Site
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _write_weights(
         return _write_through_model(stage, folder, cuts)
     by_tensor = {names[c.site.path]: c for c in cuts if c.num_dropped}
     for name in by_tensor:
-        if entries[name].dtype not in DTYPES:
+        if entries[name].dtype not in FLOATS:
             raise ModelError(f"{folder} stores {name} as {entries[name].dtype}, which can't be cut")
     return {h.path.name: _stream(h, stage / h.path.name, by_tensor) for h in headers}
 
@@ -265,7 +265,7 @@ def _stream(header: FileHeader, target: Path, cuts: Mapping[str, _SiteCut]) -> s
 
 def _cut_bytes(matrix: memoryview, entry: TensorEntry, site_cut: _SiteCut) -> None:
     """Zero the dropped weights of one stored matrix in place."""
-    weight = torch.frombuffer(matrix, dtype=DTYPES[entry.dtype]).view(entry.shape)
+    weight = torch.frombuffer(matrix, dtype=FLOATS[entry.dtype]).view(entry.shape)
     weight = weight.T if site_cut.site.transposed else weight  # (o, i)
     site_cut.apply(weight)
 
@@ -287,10 +287,10 @@ def _write_through_model(stage: Path, folder: Path, cuts: Sequence[_SiteCut]) ->
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The one type in which the files hold their floating-point tensors."""
     words = {e.dtype for path in weight_files(folder) for e in read_checked_header(path).entries}
-    floating = sorted(words & DTYPES.keys())
+    floating = sorted(words & FLOATS.keys())
     if len(floating) != 1 or any(word.startswith("F8") for word in words):
         found = ", ".join(sorted(words))
         raise ModelError(
             f"{folder} mixes or lacks plain floating-point tensors ({found}); it can't be cut"
         )
-    return DTYPES[floating[0]]
+    return FLOATS[floating[0]]

@@ -9,22 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import nn
 
 from unicuco.headers import read_header
 from unicuco.models.parts import count_parts
-from unicuco.tensors import TYPES
+from unicuco.tensors import FLOATS, TYPES
 from unicuco.types import ModelProfile
-
-_DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
@@ -33,8 +25,8 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     Args:
         files: safetensors files of a model.
     """
-    kinds = Counter(kind for kind in _stored_types(files).values() if kind in _DTYPES)
-    return _DTYPES[kinds.most_common(1)[0][0]] if kinds else torch.float32
+    kinds = Counter(kind for kind in _stored_types(files).values() if kind in FLOATS)
+    return FLOATS[kinds.most_common(1)[0][0]] if kinds else torch.float32
 
 
 def with_stored_bytes(
