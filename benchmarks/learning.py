@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -152,7 +153,7 @@ def optimised(bench: Bench, method: str, seed: int, count: int) -> Evaluated:
 
 def objectives(one: Evaluation) -> tuple[float, float]:
     """Return what optimisers minimise."""
-    return one.kept_fraction, float(torch.tensor(one.kl + EPSILON, dtype=torch.float64).log())
+    return one.kept_fraction, math.log(one.kl + EPSILON)
 
 
 def non_dominated(evaluated: Evaluated) -> list[tuple[Strategy, float]]:
