@@ -6,6 +6,7 @@ from pathlib import Path
 from cluster.learn import LearnConfig
 from unicuco.cli.learn import learn
 from unicuco.pipeline import LearnOptions
+from unicuco.pipeline.options import DEFAULT_EVALUATIONS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ray_configs"
 
@@ -14,7 +15,10 @@ def test_the_example_describes_a_run_with_the_defaults_of_the_command_line() -> 
     config = LearnConfig.read(CONFIGS / "learn.yaml")
     options = config.to_domain()
     assert options == LearnOptions(
-        model="reference", out=Path("out/run"), evaluations=27, replicas=2
+        model="reference",
+        out=Path("out/run"),
+        evaluations=DEFAULT_EVALUATIONS["default"],
+        replicas=2,
     )
 
 
