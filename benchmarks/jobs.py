@@ -93,6 +93,16 @@ def run_units(setting: Setting) -> float:
     return max((float(json.loads(p.read_text())["cost_units"]) for p in manifests), default=0.0)
 
 
+def seed_folder(setting: Setting, seed: int) -> Path:
+    """Return the folder with what one seed's evaluations and strategies are kept in."""
+    return WORK / setting.tag / f"seed{seed}"
+
+
+def strategy_file(setting: Setting, seed: int, method: str, sparsity: float) -> Path:
+    """Return where a method's answer at a sparsity is kept."""
+    return seed_folder(setting, seed) / "strategies" / f"{method}-{sparsity:g}.json"
+
+
 def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[Done]:
     """Run jobs, several at a time if ``processes`` > 1, and yield each as it is done."""
     if processes <= 1:
@@ -122,7 +132,7 @@ class Arena:
     """One model prepared with one seed, its judges, and the folder that keeps its evaluations."""
 
     def __init__(self, setting: Setting, seed: int) -> None:
-        self.folder = WORK / setting.tag / f"seed{seed}"
+        self.folder = seed_folder(setting, seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         model = resolve(setting.model)
         self._options = LearnOptions(
@@ -184,9 +194,8 @@ class Arena:
     def record(self, seed: int, answer: Answer, seconds: float) -> Record:
         """Measure an answer on the test text and on the search text, and keep its strategy."""
         quality, search_kl = self._measure(answer.strategy, answer.rows)
-        folder = self.folder / "strategies"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{answer.allocator}-{answer.sparsity:g}.json"
+        path = strategy_file(self._setting, seed, answer.allocator, answer.sparsity)
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(answer.strategy.settings))
         if answer.rows is not None:
             answer.rows.save(path.with_suffix(ROWS_SUFFIX))

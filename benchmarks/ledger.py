@@ -58,6 +58,11 @@ class Once:
     units: float
 
 
+def result_file(setting: Setting, part: str) -> Path:
+    """Return where a part's results are kept."""
+    return RESULTS / "quality" / setting.tag / f"{part}.json"
+
+
 class Ledger:
     """The results of one part."""
 
@@ -65,7 +70,7 @@ class Ledger:
         self._setting = setting
         self._part = part
         self._kind = kind
-        self.path = RESULTS / "quality" / setting.tag / f"{part}.json"
+        self.path = result_file(setting, part)
         self.records: list[Record] = []
         self.once: list[Once] = []
         if self.path.exists():

@@ -6,7 +6,8 @@ Parts, each with a file of results of its own that is written after every job an
   perplexity on test text that nothing learned from, seconds and units per request, and what is paid
   once. One run per seed serves every table. EvoPress gets max(the run's units, 300) units for each
   request;
-- ``tasks``: accuracy of those strategies by log likelihood, through lm-eval, from local files;
+- ``tasks``: accuracy of those strategies by log likelihood, through lm-eval, from local files; a
+  strategy that was found on another machine is found again, and its record stays;
 - ``ablation``, ``presets`` and ``evaluations``: which part of learning helps, and how many
   evaluations it needs (`benchmarks.ablation`);
 - ``report``: the table and, per sparsity, the plot of quality against total seconds for 1, 8, 64
@@ -41,20 +42,26 @@ ABLATION: dict[str, tuple[Callable[[Bench, int], None], int]] = {
 }
 
 
-def measure(setting: Setting, methods: Sequence[str], options: argparse.Namespace) -> None:
-    """Measure allocators, all of them for one seed after the other, where results are missing."""
+def measure(
+    setting: Setting, methods: Sequence[str], options: argparse.Namespace, *, with_tasks: bool
+) -> None:
+    """Measure allocators, all of them for one seed after the other, where results are missing.
+
+    ``with_tasks``: also where tasks need a strategy that is not on this machine.
+    """
     ledgers = {method: Ledger(setting, method, kind_of(method)) for method in methods}
     jobs = [
         job
         for seed in range(options.seeds or SEEDS)
         for method, ledger in ledgers.items()
         for job in make_jobs(setting, method, seed, options.sparsity)
-        if not ledger.has(seed, job.sparsities)
+        if not ledger.has(seed, job.sparsities) or (with_tasks and tasks.lack(job, options))
     ]
     started = time.perf_counter()
     for number, done in enumerate(run_jobs(jobs, options.processes), start=1):
         method = done.job.method
-        ledgers[method].add(done.records, done.once)
+        if not ledgers[method].has(done.job.seed, done.job.sparsities):
+            ledgers[method].add(done.records, done.once)
         where = ", ".join(f"{r.sparsity:g}: KL {r.kl:.4f}" for r in done.records)
         elapsed = time.perf_counter() - started
         print(
@@ -76,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resolve(options.model)  # trains the second model where it is not there yet
     setting = Setting(model=options.model, tokens=options.tokens, test_tokens=options.test_tokens)
     wanted = options.parts or parts
-    measure(setting, [method for method in methods if method in wanted], options)
+    measured = [method for method in methods if method in wanted]
+    measure(setting, measured, options, with_tasks="tasks" in wanted)
     for part in wanted:
         if part == "tasks":
             tasks.measure(setting, methods, options)

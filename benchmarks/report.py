@@ -9,7 +9,8 @@ from pathlib import Path
 
 from benchmarks.common import table
 from benchmarks.jobs import TRAINED_PER_REQUEST, kind_of
-from benchmarks.ledger import Ledger, Setting
+from benchmarks.ledger import Ledger, Setting, result_file
+from benchmarks.tasks import accuracy_table, known_accuracies
 
 REQUESTS = (1, 8, 64, 512)
 PUBLISHED_ONE_SHOT = ("uniform", "owl", "alphapruning", "dsa", "layerif", "trim")
@@ -94,7 +95,7 @@ def report(setting: Setting, names: Sequence[str]) -> None:
         print(f"nothing was measured yet for {setting.tag}")
         return
     sparsities = sorted({s for method in methods.values() for s in method.sparsities})
-    folder = Ledger(setting, "report", "").path.parent
+    folder = result_file(setting, "report").parent
     text = "\n\n".join(
         [
             f"Model {setting.tag.rsplit('-', 1)[0]}, {setting.tokens:,} search tokens,"
@@ -102,6 +103,7 @@ def report(setting: Setting, names: Sequence[str]) -> None:
             quality_table(methods, sparsities),
             cost_table(methods),
             claims(methods, sparsities),
+            *task_tables(setting),
         ]
     )
     print(text)
@@ -173,6 +175,12 @@ def claims(methods: dict[str, Method], sparsities: Sequence[float]) -> str:
             factor = methods[name].total_s(64) / own.total_s(64)
             lines.append(f"64 requests: {factor:.1f} times {name}'s speed, learning counted in.")
     return "\n\n".join(lines)
+
+
+def task_tables(setting: Setting) -> list[str]:
+    """Return the table of task accuracies, where tasks were measured."""
+    known = known_accuracies(setting)
+    return [accuracy_table(known)] if known else []
 
 
 def _crossing(methods: dict[str, Method], sparsity: float) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import table
-from benchmarks.jobs import ROWS_SUFFIX, Arena, arena
-from benchmarks.ledger import WORK, Ledger, Setting, write
+from benchmarks.jobs import ROWS_SUFFIX, Arena, Job, arena, strategy_file
+from benchmarks.ledger import WORK, Setting, result_file, write
 from benchmarks.second_model import DATA, resolve
 from unicuco.pipeline.texts import test_windows
 from unicuco.rows import RowRule
@@ -110,12 +110,7 @@ def accuracy(
 
 def measure(setting: Setting, methods: Sequence[str], options: argparse.Namespace) -> None:
     """Measure every strategy that the parts kept, and the dense model; resumes."""
-    path = Ledger(setting, "tasks", "").path
-    known: dict[str, float] = {}
-    if path.exists():
-        document = json.loads(path.read_text())
-        if document["items"] == options.items:
-            known = document["accuracy"]
+    known = known_accuracies(setting, options.items)
     folders = sorted((WORK / setting.tag).glob("seed*"))
     for folder in folders:
         seed = int(folder.name.removeprefix("seed"))
@@ -125,12 +120,33 @@ def measure(setting: Setting, methods: Sequence[str], options: argparse.Namespac
         for name in options.tasks:
             items = TASKS[name][0](bench, setting, options.items)
             for label, strategy, rows in _strategies(bench, folder, methods):
-                entry = f"{name}/{label}/seed{seed}"
+                entry = _entry(name, label, seed)
                 if items and entry not in known:
                     known[entry] = accuracy(bench, strategy, rows, name, items)
-                    write(path, {"items": options.items, "accuracy": known})
+                    write(
+                        result_file(setting, "tasks"), {"items": options.items, "accuracy": known}
+                    )
         print(f"tasks: seed {seed}", flush=True)
     print(accuracy_table(known))
+
+
+def lack(job: Job, options: argparse.Namespace) -> bool:
+    """Whether a task was not yet measured on a job's strategies and one of them is not here."""
+    known = known_accuracies(job.setting, options.items)
+    return any(
+        _entry(name, strategy_file(job.setting, job.seed, job.method, sparsity).stem, job.seed)
+        not in known
+        for sparsity in job.sparsities
+        if not strategy_file(job.setting, job.seed, job.method, sparsity).exists()
+        for name in options.tasks
+    )
+
+
+def known_accuracies(setting: Setting, items: int | None = None) -> dict[str, float]:
+    """Return what was measured, on so many items of every task if that is said."""
+    path = result_file(setting, "tasks")
+    document = json.loads(path.read_text()) if path.exists() else {"items": items, "accuracy": {}}
+    return dict(document["accuracy"]) if items in (None, document["items"]) else {}
 
 
 def accuracy_table(known: dict[str, float]) -> str:
@@ -162,6 +178,10 @@ def _strategies(
             rows = RowRule.load(rule) if rule.exists() else None
             found.append((path.stem, Strategy(settings=settings), rows))
     return found
+
+
+def _entry(name: str, label: str, seed: int) -> str:
+    return f"{name}/{label}/seed{seed}"
 
 
 def _read(path: Path, count: int) -> Items:

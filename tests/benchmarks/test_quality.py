@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +63,7 @@ def test_parts_are_measured_once_kept_in_files_and_reported(
 
 @pytest.mark.slow
 def test_tasks_are_measured_on_kept_strategies_and_the_dense_model(
-    tiny_llama: Path, results: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--model", str(tiny_llama), *WORDS, "--items", "6", "--tasks", "continuation")
     quality.main(("uniform", "tasks", *words))
@@ -72,6 +73,22 @@ def test_tasks_are_measured_on_kept_strategies_and_the_dense_model(
     }
     assert all(0 <= value <= 1 for value in found.values())
     assert "| uniform-0.5 |" in capsys.readouterr().out
+
+    def on_another_machine() -> None:
+        shutil.rmtree(tmp_path / "work")
+        jobs.arena.cache_clear()
+
+    records = (results / "uniform.json").read_bytes()
+    on_another_machine()
+    (results / "tasks.json").unlink()
+    quality.main(("uniform", "tasks", "report", *words))
+    assert json.loads((results / "tasks.json").read_text())["accuracy"] == found
+    assert (results / "uniform.json").read_bytes() == records
+    assert "| uniform-0.5 |" in (results / "report.md").read_text()
+    on_another_machine()
+    capsys.readouterr()
+    quality.main(("uniform", "tasks", *words))
+    assert "seed 0 uniform" not in capsys.readouterr().out, "nothing is found again for nothing"
 
 
 @pytest.mark.parametrize(
