@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -32,8 +31,6 @@ from unicuco.export.names import named_like
 from unicuco.models import build_skeleton, load_tokenizer, quiet_transformers
 from unicuco.models.folder import read_config
 from unicuco.packing import ContainerReader, PackedEntry, Role, Scheme
-from unicuco.packing.coder import Bytes
-from unicuco.packing.layout import chunk_shapes
 
 _MIB: Final = 2**20
 _LEAST_ITEMS: Final = 1024  # below, a tensor is decoded once and kept: it is no weight matrix
@@ -212,9 +209,7 @@ def _read(file: Path) -> tuple[dict[str, bytes], dict[str, PackedEntry]]:
                 if packed.entry.role is Role.TENSOR:
                     tensors[packed.entry.name] = packed
                 elif packed.entry.role is Role.FILE:
-                    data = np.empty(packed.entry.num_bytes, np.uint8)
-                    _decode_whole(packed, data)
-                    small[packed.entry.file] = data.tobytes()
+                    small[packed.entry.file] = packed.decoded().tobytes()
     except OSError as error:
         raise ContainerError(f"{file} can't be read: {error.strerror or error}") from None
     return small, tensors
@@ -226,22 +221,7 @@ def _whole(packed: PackedEntry) -> Tensor:
         matrix = PackedMatrix(packed)
         parts = matrix.chunks(Buffer([matrix]))
         return torch.cat([weights.clone() for _, weights in parts])
-    data = np.empty(packed.entry.num_bytes, np.uint8)
-    _decode_whole(packed, data)
-    return as_floats(data, packed.entry).view(packed.entry.shape)
-
-
-def _decode_whole(packed: PackedEntry, out: Bytes) -> None:
-    """Decode an entry that is no 8-bit matrix."""
-    if packed.entry.scheme is Scheme.RAW:
-        out[:] = np.frombuffer(packed.payload, np.uint8)
-        return
-    start = 0
-    per_item = out.size // max(1, packed.entry.num_items)
-    for index, shape in enumerate(chunk_shapes(packed.entry.shape)):
-        end = start + int(np.prod(shape, dtype=np.int64)) * per_item
-        packed.decode_chunk(index, out[start:end])
-        start = end
+    return as_floats(packed.decoded(), packed.entry).view(packed.entry.shape)
 
 
 def _places(

@@ -12,6 +12,7 @@ from unicuco.packing.read import ContainerReader, PackedEntry, check_base, read_
 from unicuco.packing.sensitivity import Measured, measure
 from unicuco.packing.source import folder_drafts
 from unicuco.packing.speed import Link
+from unicuco.packing.unpack import read_packed_variant, read_small_files, unpack_container
 from unicuco.packing.write import available_threads, write_container
 
 __all__ = [
@@ -38,6 +39,9 @@ __all__ = [
     "quantise",
     "quantise_per_channel",
     "read_header",
+    "read_packed_variant",
+    "read_small_files",
     "tensor_entropy_bits",
+    "unpack_container",
     "write_container",
 ]

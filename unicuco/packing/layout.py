@@ -14,6 +14,7 @@ helps that lies beside the data. What it does not know: how an entry is coded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -160,6 +161,11 @@ class Header:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its header lacks something: {error!r}") from None
+
+    @property
+    def digest(self) -> str:
+        """What names the container's contents: the checksums of all of them are in the header."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def packed_bytes(self) -> int:

@@ -78,6 +78,21 @@ class PackedEntry:
             case Scheme.INT8:
                 decode(part, out)
 
+    def decoded(self) -> Bytes:
+        """Return the bytes of an entry that is no 8-bit matrix.
+
+        Raises:
+            ValueError: a chunk does not hold what the header says.
+        """
+        if self.entry.scheme is Scheme.RAW:
+            return np.frombuffer(self.payload, np.uint8)
+        out = np.empty(self.entry.num_bytes, np.uint8)
+        per_item = out.size // max(1, self.entry.num_items)
+        ends = accumulate(math.prod(shape) * per_item for shape in chunk_shapes(self.entry.shape))
+        for index, (start, end) in enumerate(pairwise([0, *ends])):
+            self.decode_chunk(index, out[start:end])
+        return out
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
@@ -184,7 +199,10 @@ def _start(packed: PackedEntry, pool: ThreadPoolExecutor) -> _Pending:
         raise ContainerError(f"{entry.name} has {packed.num_chunks} chunks, not {len(shapes)}")
     content: Bytes | Int8Matrix
     if entry.scheme is Scheme.INT8:
-        scales = packed.scales()
+        try:
+            scales = packed.scales()
+        except ValueError as error:
+            raise ContainerError(f"{entry.name} can't be decoded: {error}") from None
         codes = np.empty(entry.shape, np.int8)
         content = Int8Matrix(codes=codes, rows=scales.rows, columns=scales.columns)
         data: NDArray[np.uint8] = codes.reshape(-1).view(np.uint8)

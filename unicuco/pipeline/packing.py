@@ -6,22 +6,17 @@ on validation text; the test text is not read here.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Final
 
 from unicuco.errors import ContainerError, RequestError
 from unicuco.export.document import DOCUMENT_NAME, read_variant
-from unicuco.export.staging import HashedFile, staged_folder
 from unicuco.files import replace_with
 from unicuco.models import model_digest, resolve_model
 from unicuco.packing import (
-    ContainerReader,
     Header,
     Int8Matrix,
     Link,
@@ -30,6 +25,7 @@ from unicuco.packing import (
     folder_drafts,
     int8_bytes,
     read_header,
+    unpack_container,
     write_container,
 )
 from unicuco.pipeline.options import ProgressSink
@@ -167,8 +163,7 @@ def unpack(
 ) -> Header:
     """Unpack a container into the folder that it was made of, or one of 8-bit weights decoded.
 
-    The folder stands at ``out`` as a whole or not at all. A variant of 8-bit weights gets the
-    digests of its new weight files into ``strategy.json``, and ``packed`` with what was done to it.
+    See `unpack_container`.
 
     Args:
         file: the container.
@@ -182,24 +177,13 @@ def unpack(
         VariantError: something stands at ``out``.
         StorageError: the disk refused.
     """
-    header = open_header(file, base)
-    total, done = sum(entry.num_bytes for entry in header.entries), 0
-    digests: dict[str, str] = {}
-    manifest = b""
-    with staged_folder(out, overwrite=False) as stage, _open(file) as stream:
-        entries = ContainerReader(stream, str(file)).loaded(threads=threads)
-        for name, group in groupby(entries, key=lambda loaded: loaded.entry.file):
-            with HashedFile(stage / name) as target:
-                for loaded in group:
-                    data = loaded.stored().data
-                    target.write(data)
-                    manifest = bytes(data) if name == DOCUMENT_NAME else manifest
-                    done += loaded.entry.num_bytes
-                    progress(Progress(stage="unpack", done=done, total=total))
-            digests[name] = target.sha256()
-        if manifest and header.facts["int8"] is not None:
-            (stage / DOCUMENT_NAME).write_bytes(_with_digests(manifest, digests, header))
-    return header
+    open_header(file, base)
+    return unpack_container(
+        file,
+        out,
+        threads=threads,
+        progress=lambda done, total: progress(Progress(stage="unpack", done=done, total=total)),
+    )
 
 
 def open_header(file: Path, base: str | None) -> Header:
@@ -217,14 +201,6 @@ def open_header(file: Path, base: str | None) -> Header:
     if base is not None:
         check_base(header, _base_digest(resolve_model(base)), str(file))
     return header
-
-
-def _with_digests(manifest: bytes, digests: Mapping[str, str], header: Header) -> bytes:
-    """Return a variant's manifest for its decoded 8-bit weights."""
-    document: Any = json.loads(manifest)  # Any: JSON, checked when the variant was packed
-    document["files"] = {name: digests[name] for name in document["files"]}
-    document["packed"] = header.facts["int8"]
-    return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def _base_digest(folder: Path) -> str:
@@ -267,10 +243,3 @@ def _check_free(out: Path) -> None:
         raise ContainerError(f"{out} exists already; choose another place or remove it")
     if not out.parent.is_dir():
         raise ContainerError(f"{out.parent} is no folder; make it or choose another place")
-
-
-def _open(file: Path) -> BinaryIO:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise ContainerError(f"{file} can't be read: {error.strerror or error}") from None
