@@ -63,6 +63,7 @@ def _pruning(config: ServeConfig) -> dict[str, Any]:
     return {
         "name": "pruning",
         "ray_actor_options": {"num_cpus": options.num_cpus},
+        "max_ongoing_requests": 100,  # who waits for a packing must not hold up a ping
         "autoscaling_config": _by_queue(options),
         "graceful_shutdown_timeout_s": _DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,

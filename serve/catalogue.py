@@ -1,7 +1,9 @@
 """Which runs and variants there are, and where: ids in, folders out, nothing outside one root.
 
 A variant's id is ``RUN_ID:suffix`` and its folder ``DATA/variants/RUN_ID/suffix``; it is there when
-its ``strategy.json`` is, which a folder gets by one rename of a finished one. What this module does
+its ``strategy.json`` is, which a folder gets by one rename of a finished one. Its packed forms lie
+in a hidden folder inside, so that they go with it. A variant may also lie packed only: as the file
+``DATA/variants/RUN_ID/suffix.pack``, which somebody moved there as a whole. What this module does
 not know: jobs, weights, Ray.
 """
 
@@ -21,6 +23,8 @@ from unicuco.export import VariantDocument, read_variant
 from unicuco.export.document import DOCUMENT_NAME
 
 _TRASH: Final = ".trash-"
+_PACKED_FORMS: Final = ".packed"  # loaders see files only, and none that is hidden
+_PACK: Final = ".pack"
 
 
 class UnknownModelError(VariantError):
@@ -91,26 +95,44 @@ class Catalogue:
         except KeyError:
             raise UnknownModelError(f"no run is called {run_id[:120]!r}") from None
 
-    def variant_folder(self, variant: ModelId) -> Path:
-        """Return the folder of a variant that is there.
+    def find(self, name: ModelId) -> Path:
+        """Return the folder of a run or of a variant that is there, or the file it lies packed in.
 
         Raises:
             UnknownModelError: it is not there, or is not inside the one root.
         """
-        folder = self.place(variant)
-        is_inside = folder.resolve() == folder.parent.resolve() / folder.name
-        is_rooted = folder.parent.resolve() == self._root.resolve() / folder.parent.name
-        if not (is_inside and is_rooted and (folder / DOCUMENT_NAME).is_file()):
-            raise UnknownModelError(f"no variant is called {str(variant)!r}")
-        return folder
+        if name.suffix is None:
+            return self.run_folder(name.run)
+        for path in self._there(name):
+            return path
+        raise UnknownModelError(f"no variant is called {str(name)!r}")
 
-    def folder(self, name: ModelId) -> Path:
-        """Return the folder of a run or of a variant that is there.
+    def packed_form(self, variant: ModelId, link_mbps: float | None) -> Path:
+        """Return where a variant's form for a link is, or will be; the file it lies packed in.
+
+        Args:
+            variant: that is there.
+            link_mbps: megabits per second, > 0; none: the smallest form.
 
         Raises:
             UnknownModelError: it is not there.
         """
-        return self.run_folder(name.run) if name.suffix is None else self.variant_folder(name)
+        found = self.find(variant)
+        if found.is_file():
+            return found
+        name = "smallest" if link_mbps is None else f"{link_mbps:g}-mbps"
+        return found / _PACKED_FORMS / f"{name}{_PACK}"
+
+    def _there(self, variant: ModelId) -> list[Path]:
+        """Return the folder and the packed file of a variant, as far as they are there."""
+        folder = self.place(variant)
+        marks = {folder: folder / DOCUMENT_NAME, _packed(folder): _packed(folder)}
+        return [path for path, mark in marks.items() if self._is_ours(path) and mark.is_file()]
+
+    def _is_ours(self, path: Path) -> bool:
+        """Say whether a variant's place leads to itself, and by no link elsewhere."""
+        is_inside = path.resolve() == path.parent.resolve() / path.name
+        return is_inside and path.parent.resolve() == self._root.resolve() / path.parent.name
 
     def place(self, variant: ModelId) -> Path:
         """Return where a variant is, or will be, published.
@@ -134,6 +156,8 @@ class Catalogue:
             StorageError: something else stands there, or the disk refused.
         """
         place = self.place(variant)
+        if _packed(place).exists():
+            raise StorageError(f"{place} can't be published: {_packed(place).name} is there")
         try:
             self.staging_place(staged).rename(place)
         except FileNotFoundError:  # published by another, before or just now
@@ -152,8 +176,8 @@ class Catalogue:
         """Return every variant that is there, by run and suffix."""
         for run_id in self._runs:
             folder = self._root / run_id
-            names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-            for name in names:
+            paths = folder.iterdir() if folder.is_dir() else ()
+            for name in sorted({path.name.removesuffix(_PACK) for path in paths}):
                 variant = ModelId(run=run_id, suffix=name)
                 if SUFFIX.fullmatch(name) and self.has(variant):
                     yield variant
@@ -161,7 +185,7 @@ class Catalogue:
     def has(self, variant: ModelId) -> bool:
         """Say whether a variant is there."""
         try:
-            self.variant_folder(variant)
+            self.find(variant)
         except UnknownModelError:
             return False
         return True
@@ -172,8 +196,14 @@ class Catalogue:
         Raises:
             UnknownModelError: it is not there.
             VariantError: it is damaged.
+            ContainerError: what it lies packed in is.
         """
-        return read_variant(self.variant_folder(variant), verify=False)
+        found = self.find(variant)
+        if found.is_file():
+            from unicuco.packing import read_packed_variant  # torch, for those alone who need it
+
+            return read_packed_variant(found)
+        return read_variant(found, verify=False)
 
     def remove(self, variant: ModelId) -> None:
         """Take a variant away: unlisted by one rename, then deleted.
@@ -182,15 +212,28 @@ class Catalogue:
             UnknownModelError: it is not there.
             StorageError: the disk refused.
         """
-        folder = self.variant_folder(variant)
+        there = self._there(variant)
+        if not there:
+            raise UnknownModelError(f"no variant is called {str(variant)!r}")
+        for path in reversed(there):  # the folder last: it counts as long as it is there
+            self._remove(path, variant)
+
+    def _remove(self, path: Path, variant: ModelId) -> None:
         trash = self._staging / f"{_TRASH}{secrets.token_hex(8)}"
         try:
-            folder.rename(trash)
+            path.rename(trash)
         except FileNotFoundError:
             raise UnknownModelError(f"no variant is called {str(variant)!r}") from None
         except OSError as error:
-            raise StorageError(f"{folder} can't be removed: {error.strerror}") from error
-        shutil.rmtree(trash, ignore_errors=True)
+            raise StorageError(f"{path} can't be removed: {error.strerror}") from error
+        if trash.is_file():
+            trash.unlink()
+        else:
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def _packed(place: Path) -> Path:
+    return place.with_name(place.name + _PACK)
 
 
 def _sync(folder: Path) -> None:

@@ -29,7 +29,8 @@ class Bounds:
     """What one caller, or all of them together, may ask for.
 
     ``max_in_flight`` are requests inside one ingress replica, beyond which it answers 503;
-    ``max_active_jobs`` jobs queued and running, beyond which it answers 429.
+    ``max_active_jobs`` jobs queued and running, beyond which it answers 429; ``max_packings``
+    packed forms that it waits for, beyond which it answers 503.
     """
 
     max_body_bytes: int = 1 << 20
@@ -38,6 +39,7 @@ class Bounds:
     max_in_flight: int = 1024
     max_active_jobs: int = 10_000
     max_streams: int = 256
+    max_packings: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,9 @@ class EngineOptions:
     call have. ``longest_wait_s`` is how long a variant waits before it claims an engine from
     another. ``min_engines`` start with the service, on the first run's dense model, and the service
     is ready once one has; the others start when there is more to do than the running ones can, and
-    end after ``idle_stop_s`` with nothing to do.
+    end after ``idle_stop_s`` with nothing to do. ``scratch`` is a folder, best on a fast disk of
+    the engines' node, that models are held in while they are served, those that lie packed
+    unpacked; empty: inside the service's data.
     """
 
     min_engines: int = 1
@@ -95,6 +99,7 @@ class EngineOptions:
     start_timeout_s: float = 300.0
     longest_wait_s: float = 10.0
     idle_stop_s: float = 600.0
+    scratch: str = ""
 
 
 _BOUNDS: Final = Bounds()
@@ -203,6 +208,14 @@ class ServeConfig:
     def jobs_location(self) -> str:
         """Path or URL of the jobs' database."""
         return self.store or str(Path(self.data) / "jobs.db")
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where this service's engines hold what they serve; nothing else is in there."""
+        if not self.engines.scratch:
+            return Path(self.data) / "engines"
+        digest = hashlib.sha256(self.data.encode()).hexdigest()
+        return Path(self.engines.scratch) / f"unicuco-{digest[:12]}"
 
 
 def digest_keys(keys: Iterable[str]) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class ServeArguments(BaseModel):
     engines: int = Field(default=EngineOptions().max_engines, ge=0)
     min_engines: int = Field(default=EngineOptions().min_engines, ge=0)
     engine_idle_stop_s: float = Field(default=EngineOptions().idle_stop_s, gt=0)
+    engine_scratch: str = ""
 
     def to_domain(self) -> ServeConfig:
         """Return the configuration.
@@ -52,6 +53,7 @@ class ServeArguments(BaseModel):
                 min_engines=self.min_engines,
                 max_engines=self.engines,
                 idle_stop_s=self.engine_idle_stop_s,
+                scratch=self.engine_scratch,
             ),
         )
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from serve.scheduler import Action, Scheduler, Start, Switch, Ticket
 from unicuco.engines import Checked, Delta, StreamingEngine, StreamSampling
-from unicuco.errors import EngineError, UnicucoError, VariantError
+from unicuco.errors import ContainerError, EngineError, UnicucoError, VariantError
 
 _log = logging.getLogger("ray.serve")
 
@@ -47,6 +47,7 @@ class AnswerError(Exception):
 class Target:
     """A variant, by its contents: ``digest`` is what an engine must find in ``folder``.
 
+    ``folder`` may be a container that holds it.
     ``family`` is what variants share that can be switched in place.
     """
 
@@ -315,7 +316,9 @@ class Fleet:
 
     def _note_failure(self, engine: int, target: Target, error: Exception) -> None:
         """Decide whose fault a failed switch is: the folder's, or the engine's."""
-        if self._engines[engine].alive or isinstance(error, VariantError | OSError):
+        if self._engines[engine].alive or isinstance(
+            error, VariantError | ContainerError | OSError
+        ):
             self._refuse(target, str(error))
             return
         self._failures[engine] += 1

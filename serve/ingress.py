@@ -22,6 +22,7 @@ class Ingress:
 
     def __init__(self, config: ServeConfig, handles: dict[str, Handle]) -> None:
         from serve.metrics import Metrics
+        from serve.packing import Packing
         from serve.planning import Arrivals, Planning
         from serve.service import Service
         from unicuco.store import JobStore
@@ -41,6 +42,7 @@ class Ingress:
                 # Of several ingresses none knows which the proxy will send the others to.
                 arrivals=arrivals if config.ingress_replicas == 1 else None,
             ),
+            packing=Packing(handles["pruning"], catalogue, max_waiting=config.bounds.max_packings),
             strategies=handles["strategies"],
             pruning=handles["pruning"],
             models=handles.get("models"),

@@ -3,7 +3,8 @@
 One replica holds up to ``max_engines`` engines, each in processes of its own, and decides which
 variant each serves and how many of them run (`serve.fleet`). More replicas would each decide for
 themselves, so there is one, and Ray reserves for it what all its engines may use; an engine may use
-several GPUs of its node.
+several GPUs of its node. A variant that lies packed is served too: each engine unpacks it for as
+long as it serves it; of its container only the head is read here.
 
 Why not `ray.serve.llm`: its server holds one model per deployment and switches between LoRA
 adapters only, so 8 variants would be 8 engines of full size; it offers neither pausing, reloading
@@ -17,10 +18,13 @@ What this module does not know: HTTP, vLLM.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import importlib.util
 import logging
 import os
+import shutil
+import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -46,6 +50,7 @@ from unicuco.engines import (
 from unicuco.errors import RequestError, UnicucoError
 from unicuco.export.document import DOCUMENT_NAME
 from unicuco.models import resolve_model
+from unicuco.packing import check_base, read_header, read_small_files
 from unicuco.pipeline.files import load_json
 
 _log = logging.getLogger("ray.serve")
@@ -132,10 +137,11 @@ def vllm_engines(config: ServeConfig) -> list[StreamingEngine]:
         threads=options.threads or _share_of_cores(options),
     )
     known: dict[str, Expectation] = {}
+    shutil.rmtree(config.scratch_folder, ignore_errors=True)  # by engines that were killed
     return [
         StreamingVllmEngine(
             vllm,
-            scratch=Path(config.data) / "engines" / str(number),
+            scratch=config.scratch_folder / str(number),
             known=known,
             start_timeout_s=options.start_timeout_s,
         )
@@ -276,15 +282,19 @@ class Models:
         if name.suffix is None:
             folder = resolve_model(str(manifest["base_model"]["path"]))
             return Target(folder=folder, digest=base, family=base)
-        folder = self._catalogue.variant_folder(name)
+        found = self._catalogue.find(name)
         try:
-            document = (folder / DOCUMENT_NAME).read_bytes()
+            if found.is_file():
+                now = found.stat()
+                digest = _container_digest(found, now.st_mtime_ns, now.st_size, base)
+            else:
+                digest = hashlib.sha256((found / DOCUMENT_NAME).read_bytes()).hexdigest()
         except OSError:
             raise UnknownModelError(f"no variant is called {str(name)!r}") from None
-        return Target(folder=folder, digest=hashlib.sha256(document).hexdigest(), family=base)
+        return Target(folder=found, digest=digest, family=base)
 
     def _texts_of(self, target: Target) -> Texts:
-        texts = self._texts.get(target.digest) or Texts(target.folder)
+        texts = self._texts.get(target.digest) or _read_texts(target.folder)
         self._texts[target.digest] = texts
         self._texts.move_to_end(target.digest)
         while len(self._texts) > _MOST_TEXTS:
@@ -306,6 +316,28 @@ class Models:
             message=str(error),
             retry_after_s=retry,
         )
+
+
+@functools.lru_cache(maxsize=_MOST_TEXTS)  # a large model's header takes a while
+def _container_digest(file: Path, mtime_ns: int, num_bytes: int, base: str) -> str:
+    """Return what names a container's contents, as the file is now.
+
+    Raises:
+        ContainerError: it is damaged as far as the header tells, or of another base model.
+    """
+    header = read_header(file)
+    check_base(header, base, str(file))
+    return header.digest
+
+
+def _read_texts(model: Path) -> Texts:
+    """Read the tokenizer and context of a folder, or of what a container holds."""
+    if model.is_dir():
+        return Texts(model)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in read_small_files(model).items():
+            (Path(folder) / name).write_bytes(content)
+        return Texts(Path(folder))
 
 
 def _sampling(call: TalkCall, prompt: Written, room: int, copy: int) -> StreamSampling:

@@ -5,6 +5,7 @@ Serve calls `middlewares` in each proxy process whose environment has `ENVIRONME
   its own, which cost as much as all the rest;
 - tell with it how many such requests have come so far, so that whoever answers knows whether more
   are on their way, and can answer them together;
+- send the files that an ingress names (`serve.files`);
 - give the proxy's own failures the error envelope: no such path (404), all queues full or no
   replica (503), a replica that died with the request (no answer at all, which Serve leaves to the
   HTTP server as a bare 500).
@@ -35,6 +36,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import envelope
+from serve.files import Files
 
 ENVIRONMENT: Final = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
@@ -69,7 +71,7 @@ class Arrival:
 
 def middlewares() -> list[Middleware]:
     """Return what Serve's proxy is to put around its application, the innermost first."""
-    return [Middleware(HandOn), Middleware(Envelopes)]
+    return [Middleware(HandOn), Middleware(Files), Middleware(Envelopes)]
 
 
 def arrival_of(scope: Scope) -> Arrival | None:

@@ -1,4 +1,4 @@
-"""The deployment that takes jobs and cuts variants: a `JobWorker` in a thread.
+"""The deployment that cuts variants: a `JobWorker` in one thread, a `Packer` in another.
 
 The queue is the database, so nothing accepted is lost with a replica. Each replica reports the
 queue's length, by which `serve.scaling` decides how many there are.
@@ -7,16 +7,16 @@ queue's length, by which `serve.scaling` decides how many there are.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import threading
 import time
 from concurrent.futures import Future, wait
 from typing import Final
 
-from serve.catalogue import Catalogue
+from serve.catalogue import Catalogue, ModelId
 from serve.config import ServeConfig
+from serve.packing import Packed, Packer
+from serve.priority import step_back
 from serve.scaling import QUEUE_METRIC, is_worth_warming
 from serve.worker import Cutter, CutterFactory, JobWorker
 from unicuco.errors import UnicucoError
@@ -24,7 +24,6 @@ from unicuco.store import JobStatus, JobStore
 
 _LOG: Final = logging.getLogger("ray.serve")
 _AFTER_TROUBLE_S: Final = 1.0
-_WARMING_NICENESS: Final = 19  # Ray's own processes have 15
 _WATCH_EVERY_S: Final = 0.5
 
 
@@ -46,6 +45,7 @@ class Pruning:
         self._catalogue = Catalogue(config)
         self._catalogue.make_folders()
         self._store = JobStore.open(config.jobs_location)
+        self._packer = Packer(self._catalogue)
         self._stopping = threading.Event()
         self._cutter: Future[Cutter] = Future()
         threading.Thread(target=self._warm_up, name="unicuco-warming", daemon=True).start()
@@ -60,12 +60,17 @@ class Pruning:
     def __del__(self) -> None:
         """Finish the job at hand and take no other: Serve calls this before it ends a replica."""
         self._stopping.set()
+        self._packer.close()
         self._thread.join()
         self._store.close()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Report the queue's length; Serve asks."""
         return {QUEUE_METRIC: float(await asyncio.to_thread(self._store.num_active))}
+
+    async def pack(self, variant: ModelId, link_mbps: float | None) -> Packed:
+        """Return the file of a variant's packed form, or why there is none; see `Packer`."""
+        return await self._packer.pack(variant, link_mbps)
 
     async def ping(self) -> bool:
         """Say whether jobs are taken."""
@@ -91,8 +96,7 @@ class Pruning:
                 self._stopping.wait(_AFTER_TROUBLE_S)
 
     def _warm_up(self) -> None:
-        with contextlib.suppress(OSError):  # on Linux a priority is a thread's
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WARMING_NICENESS)
+        step_back()
         try:
             self._await_need()
             self._cutter.set_result(self._build_cutter(self._catalogue))

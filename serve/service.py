@@ -15,6 +15,7 @@ from serve.catalogue import Catalogue
 from serve.config import ServeConfig
 from serve.handles import Handle
 from serve.metrics import Metrics
+from serve.packing import Packing
 from serve.planning import Arrivals, Planning
 from unicuco.store import JobStore
 
@@ -35,6 +36,7 @@ class Service:
     metrics: Metrics
     arrivals: Arrivals
     planning: Planning
+    packing: Packing
     strategies: Handle
     pruning: Handle
     models: Handle | None

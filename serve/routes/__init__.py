@@ -2,12 +2,13 @@
 
 from fastapi import APIRouter
 
-from serve.routes import completions, jobs, models, page, strategies, system
+from serve.routes import completions, jobs, models, packed, page, strategies, system
 
 ROUTERS: tuple[APIRouter, ...] = (
     strategies.router,
     jobs.router,
     models.router,
+    packed.router,
     completions.router,
     page.router,
     system.router,

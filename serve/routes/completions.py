@@ -71,7 +71,7 @@ def _call(body: CompletionBody | ChatBody, service: Service) -> TalkCall:
         )
     try:
         name = ModelId.parse(call.model)
-        service.catalogue.folder(name)
+        service.catalogue.find(name)
     except UnknownModelError:
         raise not_found("model", call.model) from None
     return call

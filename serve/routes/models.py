@@ -11,7 +11,8 @@ from serve.errors import ApiError, not_found
 from serve.routes.names import conflict
 from serve.schema import ModelList, ModelObject
 from serve.service import Service, ServiceDependency
-from unicuco.errors import VariantError
+from unicuco.errors import ContainerError, VariantError
+from unicuco.export.document import DOCUMENT_NAME
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
@@ -78,9 +79,10 @@ def _all_models(service: Service) -> list[dict[str, object]]:
 
 
 def _summary(service: Service, name: ModelId) -> dict[str, object]:
-    folder = service.catalogue.folder(name)
-    try:
-        created = int(folder.stat().st_mtime)
+    found = service.catalogue.find(name)
+    is_folder = name.suffix is not None and found.is_dir()
+    try:  # a variant's folder is touched when it is packed, its document never
+        created = int((found / DOCUMENT_NAME if is_folder else found).stat().st_mtime)
     except FileNotFoundError:  # deleted just now
         raise UnknownModelError(f"no model is called {str(name)!r}") from None
     return {
@@ -101,6 +103,6 @@ def _described(service: Service, name: ModelId) -> dict[str, object]:
         document = service.catalogue.document(name)
     except UnknownModelError:
         raise
-    except VariantError as error:
+    except (VariantError, ContainerError) as error:
         raise ApiError(500, "variant_damaged", str(error), param="model_id") from error
     return {**summary, "plan": document.plan.to_dict()}

@@ -44,7 +44,7 @@ def test_a_variant_is_there_once_it_is_published(catalogue: Catalogue) -> None:
     catalogue.publish("job.1", VARIANT)
     assert list(catalogue.variants()) == [VARIANT]
     catalogue.publish("job.1", VARIANT)
-    assert catalogue.variant_folder(VARIANT).name == "v"
+    assert catalogue.find(VARIANT).name == "v"
 
 
 def test_nothing_is_published_over_what_stands_there(catalogue: Catalogue) -> None:
@@ -91,3 +91,33 @@ def test_unknown_runs_have_no_place(catalogue: Catalogue) -> None:
     for name in (ModelId(run="other", suffix="v"), ModelId(run="run")):
         with pytest.raises(UnknownModelError):
             catalogue.place(name)
+
+
+def test_a_variant_may_lie_packed_only(catalogue: Catalogue) -> None:
+    file = catalogue.place(VARIANT).with_name("v.pack")
+    file.write_bytes(b"packed")
+    assert list(catalogue.variants()) == [VARIANT]
+    assert catalogue.find(VARIANT) == catalogue.packed_form(VARIANT, 8.0) == file
+    catalogue.place(VARIANT).mkdir()
+    assert catalogue.find(VARIANT) == file, "half a folder is none"
+    catalogue.place(VARIANT).rmdir()
+    with pytest.raises(StorageError, match=r"v\.pack is there"):
+        catalogue.publish(stage(catalogue, "job.1"), VARIANT)
+    catalogue.remove(VARIANT)
+    assert not catalogue.has(VARIANT)
+    assert not file.exists()
+
+
+def test_a_folder_counts_before_the_file_beside_it(catalogue: Catalogue) -> None:
+    catalogue.publish(stage(catalogue, "job.1"), VARIANT)
+    catalogue.place(VARIANT).with_name("v.pack").write_bytes(b"packed")
+    assert list(catalogue.variants()) == [VARIANT]
+    assert catalogue.find(VARIANT).is_dir()
+    catalogue.remove(VARIANT)
+    assert not catalogue.has(VARIANT)
+
+
+def test_a_packed_file_that_is_a_link_leads_nowhere(catalogue: Catalogue, tmp_path: Path) -> None:
+    (tmp_path / "else").write_bytes(b"packed")
+    catalogue.place(VARIANT).with_name("v.pack").symlink_to(tmp_path / "else")
+    assert not catalogue.has(VARIANT)

@@ -14,6 +14,7 @@ import pytest
 from serve.config import EngineOptions, ServeConfig
 from serve.models import Began, Failed, Models, Said, TalkCall, TalkEvent
 from unicuco.engines import StreamSampling
+from unicuco.packing import Link, folder_drafts, read_header, write_container
 from unicuco.testing.streaming_echo import StreamingEcho
 
 Work = Callable[[Models, StreamingEcho], Awaitable[None]]
@@ -167,3 +168,74 @@ def test_engines_that_start_with_the_service_make_it_ready_when_one_is_there(
         assert status["engines"] == [{"digest": "dense", "running": 0, "pid": None}]
 
     run(eager, work)
+
+
+def pack_only(config: ServeConfig, *, base: str = "dense") -> Path:
+    """Let variant "two" lie packed only; return the file."""
+    folder = Path(config.data) / "variants" / "run" / "two"
+    file = folder.with_name("two.pack")
+    write_container(file, folder_drafts(folder), base_digest=base, facts={}, link=Link())
+    shutil.rmtree(folder)
+    return file
+
+
+def test_a_variant_that_lies_packed_only_answers_as_others_do(config: ServeConfig) -> None:
+    file = pack_only(config)
+
+    async def work(models: Models, engine: StreamingEcho) -> None:
+        events = await talk(models, call("run:two"))
+        assert isinstance(events[0], Began)
+        assert events[0].fingerprint == f"fp_{read_header(file).digest[:16]}"
+        assert text(events).startswith("two.pack")
+        assert text(await talk(models, call("run:one"))).startswith("one")
+        failed = (await talk(models, call("run:two", "x" * 64)))[-1]
+        assert isinstance(failed, Failed)
+        assert failed.code == "context_length_exceeded", "its own tokenizer and context"
+        file.unlink()
+        failed = (await talk(models, call("run:two")))[-1]
+        assert isinstance(failed, Failed)
+        assert failed.code == "model_not_found"
+
+    run(config, work)
+
+
+@pytest.mark.parametrize("runs_already", [True, False])
+def test_a_damaged_container_names_its_tensor_and_nothing_is_loaded(
+    config: ServeConfig, runs_already: bool
+) -> None:
+    file = pack_only(config)
+    header, data = read_header(file), bytearray(file.read_bytes())
+    damaged = header.tensors[3]
+    start = len(data) - header.packed_bytes + header.offsets()[header.entries.index(damaged)]
+    data[start + damaged.packed_bytes // 2] ^= 1
+    file.write_bytes(data)
+
+    async def work(models: Models, engine: StreamingEcho) -> None:
+        if runs_already:
+            await talk(models, call("run:one"))
+        failed = (await talk(models, call("run:two")))[-1]
+        assert isinstance(failed, Failed)
+        assert (failed.status, failed.code) == (500, "engine_refused")
+        assert failed.message == f"{file} was altered: {damaged.name}; fetch it again"
+        assert engine.switches == ["one"] * runs_already
+        assert text(await talk(models, call("run:one"))).startswith("one")
+
+    run(config, work)
+
+
+def test_a_container_of_another_base_model_or_cut_short_is_refused_in_one_line(
+    config: ServeConfig,
+) -> None:
+    file = pack_only(config, base="another")
+
+    async def work(models: Models, engine: StreamingEcho) -> None:
+        for reason in ("was packed from base model another, not dense", "is cut short"):
+            failed = (await talk(models, call("run:two")))[-1]
+            assert isinstance(failed, Failed)
+            assert (failed.status, failed.code) == (500, "model_unusable")
+            assert reason in failed.message
+            assert "\n" not in failed.message
+            file.write_bytes(file.read_bytes()[:-1])
+        assert engine.switches == []
+
+    run(config, work)

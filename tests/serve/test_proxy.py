@@ -10,6 +10,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from serve.files import Files
 from serve.proxy import STRATEGIES_PATH, Arrival, Envelopes, HandOn, arrival_of, middlewares
 
 
@@ -151,4 +152,8 @@ def test_serve_takes_what_is_named_in_the_environment() -> None:
 
     path = ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     made = validate_http_proxy_callback_return(import_attr(path)())
-    assert [one.cls for one in made] == [one.cls for one in middlewares()] == [HandOn, Envelopes]
+    assert (
+        [one.cls for one in made]
+        == [one.cls for one in middlewares()]
+        == [HandOn, Files, Envelopes]
+    )

@@ -197,7 +197,8 @@ def test_the_api_describes_itself_with_examples(client: httpx.Client) -> None:
     assert {
         "/v1/strategies", "/v1/compression/jobs", "/v1/compression/jobs/{job_id}",
         "/v1/compression/jobs/{job_id}/cancel", "/v1/compression/jobs/{job_id}/events",
-        "/v1/models", "/v1/models/{model_id}", "/v1/front", "/health", "/ready", "/metrics",
+        "/v1/models", "/v1/models/{model_id}", "/v1/models/{model_id}/packed", "/v1/front",
+        "/health", "/ready", "/metrics",
     } <= set(paths)  # fmt: skip
     schemas = document["components"]["schemas"]
     for name in ("StrategiesBody", "JobBody", "CompressRequest", "JobObject", "StrategyList"):

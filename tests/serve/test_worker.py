@@ -86,7 +86,7 @@ def check_made(workshop: Workshop, job: Job) -> None:
     assert kinds.count("succeeded") == 1
     variant = ModelId.parse(job.compressed_model)
     assert list(workshop.catalogue.variants()) == [variant]
-    document = read_variant(workshop.catalogue.variant_folder(variant))
+    document = read_variant(workshop.catalogue.find(variant))
     assert document.plan.request == job.request
     assert workshop.staged() == []
 

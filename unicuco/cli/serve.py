@@ -31,6 +31,12 @@ def serve(
     engines: Annotated[
         int, typer.Option("--engines", min=0, help="vLLM engines at most; 0: no completions.")
     ] = 1,
+    scratch: Annotated[
+        str,
+        typer.Option(
+            "--scratch", help="A fast disk to unpack models to that lie packed; else in --data."
+        ),
+    ] = "",
     pruners: Annotated[int, typer.Option("--pruners", min=1, help="Pruning replicas at most.")] = 4,
     address: Annotated[
         str,
@@ -58,7 +64,7 @@ def serve(
             api_keys=os.environ.get(KEYS_VARIABLE, ""),
             host=host,
             port=port,
-            engines=EngineOptions(max_engines=engines),
+            engines=EngineOptions(max_engines=engines, scratch=scratch),
             pruning=PruningOptions(max_replicas=pruners),
         )
         if address not in ("local", "auto") and not _HOST_AND_PORT.fullmatch(address):

@@ -95,15 +95,16 @@ class StreamingEngine(Protocol):
         ...
 
     async def serve(self, folder: Path) -> Checked:
-        """Serve a folder: switched to in place where shapes allow it, else loaded anew.
+        """Serve a folder, or the one that a container holds.
 
+        It is switched to in place where shapes allow it, else loaded anew.
         Returns when the switch was checked; what runs is waited for, and what comes meanwhile
         waits.
 
         Raises:
-            VariantError, EngineError: the folder itself is refused, nothing has changed, and
-                `alive` says whether something is still served; or the switch failed, and then the
-                engine is closed.
+            VariantError, ContainerError, EngineError: the folder itself is refused, nothing has
+                changed, and `alive` says whether something is still served; or the switch failed,
+                and then the engine is closed.
         """
         ...
 

@@ -1,7 +1,8 @@
 """Many answers at once from one model folder through vLLM, switched in place, checked each time.
 
 Two processes of its own (a front that holds vLLM's `AsyncLLM`, and vLLM's core), so a dying engine
-takes nothing with it. `serve` is all a caller needs: the folder is checked against its own digests
+takes nothing with it. `serve` is all a caller needs: the folder (or container, which is unpacked
+for as long as it is served: `unicuco.engines.holding`) is checked against its own digests
 and compared in its shapes before vLLM hears of it (other shapes would kill the core), then
 switched to in place or loaded anew; afterwards the weights in memory (`unicuco.engines.sketch`) and
 the answer to the canary prompt must be what transformers makes of the folder (models up to
@@ -16,12 +17,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -30,13 +27,12 @@ from typing import Any, Final
 
 from unicuco.engines.canary import Expectation, canary_prompt
 from unicuco.engines.folder import FolderFacts, read_facts
+from unicuco.engines.holding import Held, hold
 from unicuco.engines.sketch import Sketch, first_difference
 from unicuco.engines.streaming import CANARY_TOKENS, Checked, Delta, StreamSampling
 from unicuco.engines.streaming_child import StreamingChild
 from unicuco.engines.vllm_engine import VllmOptions, require_vllm
 from unicuco.errors import EngineError, VariantError
-from unicuco.export.document import DOCUMENT_NAME
-from unicuco.models import model_digest
 
 _PING_S: Final = 30.0
 _SWITCH_S: Final = 600.0
@@ -58,8 +54,7 @@ class StreamingVllmEngine:
 
     Args:
         options: how vLLM runs.
-        scratch: a folder on the models' file system; a model is hard-linked into it while it is
-            served, so that it can be deleted meanwhile. None: models are read where they lie.
+        scratch: a folder in which models are held while they are served; see `hold`.
         known: folder digest -> what its engines must show; engines may share one.
         canary_bytes: models up to this size are also run by transformers once, to know it.
         start_timeout_s: for loading; imports alone take over a minute on a cold disk.
@@ -83,7 +78,7 @@ class StreamingVllmEngine:
         self._start_timeout_s = start_timeout_s
         self._child: StreamingChild | None = None
         self._served: _Target | None = None
-        self._pinned: Path | None = None
+        self._held: Held | None = None
         self._context = 0
         self.switch_seconds: float | None = None
 
@@ -101,20 +96,22 @@ class StreamingVllmEngine:
         """See `StreamingEngine.serve`. The first takes about a minute, nearly all of it imports."""
         started = time.perf_counter()
         require_vllm()
-        pinned = await asyncio.to_thread(self._pin, folder)
+        threads = self.options.threads
+        held = await asyncio.to_thread(hold, folder, self._scratch, threads=threads)
         try:
-            target = await asyncio.to_thread(self._inspect, pinned or folder, folder)
+            target = await asyncio.to_thread(self._inspect, held)
             served = self._served
             if self.alive and served is not None and served.facts.difference(target.facts) is None:
                 await self._switch(target)
             else:
                 await self._load(target)
         except BaseException:
-            await asyncio.to_thread(_remove, pinned)
+            await asyncio.to_thread(held.release)
             raise
-        self._pinned, before = pinned, self._pinned
+        self._held, before = held, self._held
         self._served = target
-        await asyncio.to_thread(_remove, before)
+        if before is not None:
+            await asyncio.to_thread(before.release)
         self.switch_seconds = time.perf_counter() - started
         return Checked(
             path=folder, digest=target.digest, context=self._context, num_bytes=target.num_bytes
@@ -159,11 +156,12 @@ class StreamingVllmEngine:
     async def close(self) -> None:
         """See `StreamingEngine.close`."""
         child, self._child = self._child, None
-        pinned, self._pinned = self._pinned, None
+        held, self._held = self._held, None
         self._served = None
         if child is not None:
             await child.aclose()
-        await asyncio.to_thread(_remove, pinned)
+        if held is not None:
+            await asyncio.to_thread(held.release)
 
     async def _load(self, target: _Target) -> None:
         self.options.check_context(target.facts)
@@ -241,38 +239,15 @@ class StreamingVllmEngine:
             raise EngineError("nothing is loaded; call serve first")
         return self._child
 
-    def _pin(self, folder: Path) -> Path | None:
-        """Hard-link a folder's files into scratch; none where there is none or it can't be."""
-        if self._scratch is None:
-            return None
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(dir=self._scratch, prefix=f"{folder.name}-"))
+    def _inspect(self, held: Held) -> _Target:
         try:
-            for file in folder.iterdir():
-                if file.is_file():
-                    os.link(file.resolve(), place / file.name)
-        except OSError as error:
-            _remove(place)
-            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK):
-                return None
-            raise EngineError(f"{folder} can't be read: {error.strerror}") from None
-        return place
-
-    def _inspect(self, folder: Path, named: Path) -> _Target:
-        try:
-            facts = read_facts(folder)
+            facts = read_facts(held.folder)
         except (EngineError, VariantError) as error:
-            raise type(error)(str(error).replace(str(folder), str(named))) from None
-        document = folder / DOCUMENT_NAME
-        digest = (
-            hashlib.sha256(document.read_bytes()).hexdigest()
-            if document.is_file()
-            else model_digest(folder)
-        )
+            raise type(error)(str(error).replace(str(held.folder), str(held.named))) from None
         return _Target(
             facts=facts,
-            digest=digest,
-            num_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            digest=held.digest(),
+            num_bytes=sum(file.stat().st_size for file in held.folder.glob("*.safetensors")),
             canary=self._canary_prompt(facts),
         )
 
@@ -285,8 +260,3 @@ class StreamingVllmEngine:
 
 def _shown(answer: Mapping[str, Any]) -> Expectation:  # Any: JSON
     return Expectation(tuple(answer["tokens"]), Sketch(**answer["weights"]))
-
-
-def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)

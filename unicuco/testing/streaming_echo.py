@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Final
 
 from unicuco.engines import Checked, Delta, StreamSampling
+from unicuco.engines.folder import FolderFacts, read_facts
+from unicuco.engines.holding import hold
 from unicuco.errors import EngineError, VariantError
 
 _CONTEXT: Final = 2048
 
 
 class StreamingEcho:
-    """Serves any folder that holds a file ``digest``; one whose digest is "broken" is refused.
+    """Serves any model folder or container, each by its own digest, checked as by any engine.
+
+    Like any engine it starts anew for what can't be switched to in place. A folder that holds a
+    file ``digest`` is served by that, unchecked; one whose digest is "broken" is refused.
 
     Args:
         token_s: seconds per token.
@@ -36,6 +41,7 @@ class StreamingEcho:
         self._switch_s = switch_s
         self._start_s = start_s
         self._folder: Path | None = None
+        self._facts: FolderFacts | None = None
         self._died = asyncio.Event()
         self.num_running = 0
         self.switches: list[str] = []
@@ -63,12 +69,8 @@ class StreamingEcho:
         """See `StreamingEngine.serve`."""
         if self.num_running:
             self.broken_promises.append(f"switched to {folder.name} while something ran")
-        if not (folder / "digest").is_file():
-            raise VariantError(f"{folder} is no variant")
-        digest = (folder / "digest").read_text()
-        if digest == "broken":
-            raise VariantError(f"{folder} was altered")
-        starts = not self.alive
+        digest, facts = _inspect(folder)
+        starts = not self.alive or _differ(self._facts, facts)
         await asyncio.sleep(self._start_s if starts else self._switch_s)
         if self.fail_next_switch:
             self.fail_next_switch = False
@@ -77,7 +79,7 @@ class StreamingEcho:
         if starts:
             self.starts += 1
             self._died = asyncio.Event()
-        self._folder = folder
+        self._folder, self._facts = folder, facts
         self.switches.append(folder.name)
         return Checked(path=folder, digest=digest, context=_CONTEXT, num_bytes=1)
 
@@ -119,3 +121,23 @@ class StreamingEcho:
     async def close(self) -> None:
         """See `StreamingEngine.close`."""
         self.kill()
+
+
+def _inspect(model: Path) -> tuple[str, FolderFacts | None]:
+    """Return what names the contents, and what decides whether they can be switched to."""
+    held = hold(model, None)
+    note = held.folder / "digest"
+    try:
+        if note.is_file():
+            if note.read_text() == "broken":
+                raise VariantError(f"{model} was altered")
+            return held.packed_digest or note.read_text(), None
+        if not (held.folder / "config.json").is_file():
+            raise VariantError(f"{model} is no variant")
+        return held.digest(), read_facts(held.folder)
+    finally:
+        held.release()
+
+
+def _differ(before: FolderFacts | None, after: FolderFacts | None) -> bool:
+    return before is not None and after is not None and before.difference(after) is not None

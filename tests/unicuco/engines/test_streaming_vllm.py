@@ -11,8 +11,9 @@ import pytest
 
 from tests.unicuco.engines.test_vllm_engine import PROMPTS, hugging_face_greedy
 from unicuco.engines import StreamingEngine, StreamingVllmEngine, StreamSampling, VllmOptions
-from unicuco.errors import EngineError, RequestError, VariantError
+from unicuco.errors import ContainerError, EngineError, RequestError, VariantError
 from unicuco.models import load_tokenizer
+from unicuco.pipeline import PackOptions, pack
 
 # Under pytest-xdist these share the one engine of one worker.
 pytestmark = [pytest.mark.xdist_group("streaming-vllm"), pytest.mark.timeout(900)]
@@ -52,14 +53,17 @@ def test_tokens_equal_hugging_faces_through_switches_and_the_variant_may_be_dele
     assert isinstance(engine, StreamingEngine)
     mine = tmp_path / "mine"
     shutil.copytree(variant_folder, mine)
+    packed = tmp_path / "mine.pack"
+    pack(PackOptions(model=str(mine), out=packed))
     pid, digests = engine.pid, set()
-    for folder in (mine, model_folder, mine):
-        checked = runner.run(engine.serve(folder))
+    for served, folder in ((mine, mine), (model_folder, model_folder), (packed, mine)):
+        checked = runner.run(engine.serve(served))
         digests.add(checked.digest)
-        assert (checked.path, checked.context) == (folder, 256)
+        assert (checked.path, checked.context) == (served, 256)
         assert runner.run(answers(engine, folder, 16)) == hugging_face_greedy(folder, PROMPTS, 16)
-    assert (engine.pid, len(digests)) == (pid, 2)  # in place
+    assert (engine.pid, len(digests)) == (pid, 3)  # in place
     shutil.rmtree(mine)
+    packed.unlink()
     assert runner.run(answers(engine, model_folder, 16)) == hugging_face_greedy(
         variant_folder, PROMPTS, 16
     )
@@ -94,6 +98,11 @@ def test_an_altered_variant_is_refused_and_the_old_one_served_on(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(VariantError, match=r"altered/.*was altered"):
         runner.run(engine.serve(altered))
+    packed = tmp_path / "altered.pack"
+    pack(PackOptions(model=str(variant_folder), out=packed))
+    packed.write_bytes(packed.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ContainerError, match=r"altered.pack was altered: model\."):
+        runner.run(engine.serve(packed))
     with pytest.raises(EngineError, match=r"is no folder|can.t be read"):
         runner.run(engine.serve(tmp_path / "nothing"))
     assert runner.run(answers(engine, model_folder, 8)) == hugging_face_greedy(
