@@ -285,11 +285,14 @@ class Fleet:
             checked = await engine.serve(target.folder)
             serves = checked.digest
             self._note_success(action.engine, target, checked)
-        except (UnicucoError, OSError) as error:
-            _log.warning("engine %d could not serve %s: %s", action.engine, target.folder, error)
+        except Exception as error:  # whatever it is, whoever waits must hear of it
+            known = isinstance(error, UnicucoError | OSError)
+            reason = error if known else EngineError(f"unexpected {type(error).__name__}")
+            text = "engine %d could not serve %s: %s"
+            _log.warning(text, action.engine, target.folder, reason, exc_info=not known)
             if engine.alive:
                 serves = None if before is None else before.digest
-            self._note_failure(action.engine, target, error)
+            self._note_failure(action.engine, target, reason)
         finally:
             self._scheduler.switched(action.engine, serves, target.family, time.monotonic())
             self._act()
@@ -351,7 +354,7 @@ class Fleet:
         loop.call_later(min(pause_s, _LONGEST_PAUSE_S), self._warm, engine, target)
 
     def _warm(self, engine: int, target: Target) -> None:
-        if self._closed or not target.folder.is_dir():
+        if self._closed or not target.folder.exists():
             return
         self._targets[target.digest] = target
         for action in self._scheduler.warm(engine, target.digest, target.family):

@@ -9,7 +9,7 @@ import pytest
 
 from serve.fleet import AnswerError, Fleet, Prompt, Target
 from serve.scheduler import QueueFullError
-from unicuco.engines import StreamingEngine, StreamSampling
+from unicuco.engines import Checked, StreamingEngine, StreamSampling
 from unicuco.testing.streaming_echo import StreamingEcho
 
 
@@ -207,6 +207,33 @@ def test_a_failed_switch_takes_the_engine_out_starts_it_again_and_nobody_notices
         engine.fail_next_switch = True
         assert await answer(fleet, targets[1]) == [expected(targets[1])]
         assert engine.starts == 2
+        await fleet.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize("runs_already", [True, False])
+def test_a_bug_while_switching_ends_the_answer_and_is_not_tried_for_ever(
+    targets: list[Target], runs_already: bool
+) -> None:
+    class Buggy(StreamingEcho):
+        tries = 0
+
+        async def serve(self, folder: Path) -> Checked:
+            if folder == targets[1].folder:
+                self.tries += 1
+                raise KeyError("a bug")
+            return await super().serve(folder)
+
+    async def work() -> None:
+        engine = Buggy()
+        fleet = Fleet([engine], first_pause_s=0.01)
+        if runs_already:
+            await answer(fleet, targets[0])
+        with pytest.raises(AnswerError, match="unexpected KeyError"):
+            await answer(fleet, targets[1])
+        assert engine.tries <= 3
+        assert await answer(fleet, targets[0]) == [expected(targets[0])]
         await fleet.close()
 
     run(work)
