@@ -54,6 +54,35 @@ def tiny_run(
 
 
 @pytest.fixture(scope="session")
+def tiny_bits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose matrices take 4 bits as well. Read it, never write into it."""
+    import torch
+
+    from unicuco.testing import tiny_model_folder
+
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    return tiny_model_folder(
+        folder, "llama", hidden_size=64, num_heads=2, num_kv_heads=1, dtype=torch.bfloat16
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bits_run(
+    tiny_bits_model: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that decides zeros, weight bits and KV bits together. Read it, never write into it."""
+    from unicuco.pipeline import LearnOptions, LocalBackend, learn
+
+    folder = tmp_path_factory.mktemp("runs") / "bits"
+    options = LearnOptions(
+        model=str(tiny_bits_model), out=folder, calibration=tiny_text_file, tokens=256,
+        dimensions=("sparsity", "weight_bits", "kv_bits"), evaluations=16,
+    )  # fmt: skip
+    learn(options, backend=LocalBackend(), progress=lambda step: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain UTF-8 text of about 20,000 bytes."""
     path = tmp_path_factory.mktemp("texts") / "text.txt"

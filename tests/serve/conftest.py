@@ -47,7 +47,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def small_config(run: Path, data: Path, port: int, **changes: object) -> ServeConfig:
+def small_config(run: Path, data: Path, port: int, *more: Path, **changes: object) -> ServeConfig:
     """Return a configuration that fits beside everything else on two cores."""
     options: dict[str, object] = {
         "strategies": StrategyOptions(num_cpus=0.01, max_replicas=1, batch_wait_s=0.05),
@@ -55,7 +55,7 @@ def small_config(run: Path, data: Path, port: int, **changes: object) -> ServeCo
         "engines": EngineOptions(max_engines=0),
         "bounds": Bounds(max_requests=100, max_body_bytes=100_000, max_streams=STREAMS),
     }
-    return ServeConfig.of_runs([run], data=data, port=port, **{**options, **changes})  # type: ignore[arg-type]
+    return ServeConfig.of_runs([run, *more], data=data, port=port, **{**options, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +72,13 @@ def serve_port(ray_local: None) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def server(
-    serve_port: int, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
+    serve_port: int, tiny_run: Path, tiny_bits_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """The service as it is, for tests that leave it as they found it."""
+    """The service as it is, of two runs, for tests that leave it as they found it."""
     from serve.running import running
 
-    config = small_config(tiny_run, tmp_path_factory.mktemp("serve") / "data", serve_port)
+    data = tmp_path_factory.mktemp("serve") / "data"
+    config = small_config(tiny_run, data, serve_port, tiny_bits_run)
     with running(config) as url:
         yield Server(url=url, config=config, name="unicuco")
 

@@ -27,19 +27,9 @@ def learned(model: Path, text: Path, out: Path, **changes: Any) -> Run:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bits") / "model"
-    return tiny_model_folder(
-        folder, "llama", hidden_size=64, num_heads=2, num_kv_heads=1, dtype=torch.bfloat16
-    )
-
-
-@pytest.fixture(scope="module")
-def run(model: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tiny_bits_run: Path) -> Run:
     """A run that decides zeros, weight bits and KV bits together."""
-    dimensions = ("sparsity", "weight_bits", "kv_bits")
-    out = tmp_path_factory.mktemp("bits") / "run"
-    return learned(model, tiny_text_file, out, dimensions=dimensions, evaluations=16)
+    return Run.open(tiny_bits_run)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +72,7 @@ def cost_axes(cost: ByteCost) -> list[Any]:
 
 
 def test_stored_bytes_are_met_to_one_step_and_what_is_cut_has_so_many(
-    run: Run, cost: ByteCost, model: Path, tmp_path: Path
+    run: Run, cost: ByteCost, tiny_bits_model: Path, tmp_path: Path
 ) -> None:
     dense = run.profile.total_bytes
     for share in (0.9, 0.8, 0.7):
@@ -99,7 +89,7 @@ def test_stored_bytes_are_met_to_one_step_and_what_is_cut_has_so_many(
     stored = document["precision"]["weight_bits"]
     assert stored.keys() == {site.path for site in run.profile.sites}
     assert min(stored.values()) < 16
-    report = evaluate_variant(tmp_path / "variant", reference=str(model), tokens=512)
+    report = evaluate_variant(tmp_path / "variant", reference=str(tiny_bits_model), tokens=512)
     assert report.kl is not None
     assert report.kl > 0
 
@@ -192,10 +182,12 @@ def test_quality_and_preference_are_answered_of_all_dimensions(run: Run) -> None
 
 
 @pytest.fixture(scope="module")
-def gptq_run(model: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def gptq_run(
+    tiny_bits_model: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """A run of weight bits alone, rounded by GPTQ."""
     return learned(
-        model,
+        tiny_bits_model,
         tiny_text_file,
         tmp_path_factory.mktemp("gptq") / "run",
         dimensions=("weight_bits",),
@@ -216,11 +208,11 @@ def test_bits_alone_know_no_zeros(gptq_run: Run) -> None:
 
 
 def test_what_gptq_was_judged_as_is_what_is_written(
-    gptq_run: Run, model: Path, tmp_path: Path
+    gptq_run: Run, tiny_bits_model: Path, tmp_path: Path
 ) -> None:
     smallest = gptq_run.planner.space.kept_range()[0]
     prune(gptq_run, Request.from_dict({"max_bytes": smallest}), tmp_path / "variant")
-    dense = load_model(model).model
+    dense = load_model(tiny_bits_model).model
     variant = load_model(tmp_path / "variant", fewer_bits=True).model
     assert gptq_run.factors is not None
     moved = 0
