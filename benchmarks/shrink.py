@@ -6,11 +6,14 @@ Parts:
   prefill of 4 prompts, and per step of decoding a batch of 16, against the ideal ratio (matrix
   operations of a prefill, weight bytes of a step), and file size against the parameter count;
 - ``quality``: KL on test text at 0.1 to 0.4 of the site weights removed from the reference model:
-  StratNet of depth (blocks and parts), of width, of both, against depth methods, which search anew
-  for every request, and uniform width. EvoPress gets the units of a whole run for each request;
-  with blocks, all patterns are enumerated too.
+  StratNet of depth (blocks and parts), of width, of both, of width and low rank, against depth
+  methods, which search anew for every request, uniform width, and MoDeGPT. EvoPress gets the units
+  of a whole run for each request; with blocks, all patterns are enumerated too;
+- ``modegpt``: a part of ``quality`` that takes minutes: MoDeGPT's modules with its allocation or
+  the same share everywhere, and one module alone (then shares are of that module), against plain
+  slicing of as much and against our order of channels.
 
-``python -m benchmarks.shrink [speed] [quality] [--seeds 1]``; results go to
+``python -m benchmarks.shrink [speed] [quality] [modegpt] [--seeds 1]``; results go to
 ``benchmarks/results/shrink-PART.json``.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,9 +38,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.common import save, table
 from unicuco.allocate import AxisCurves
 from unicuco.allocate.depth import DEPTH_SCORES, DepthAllocator, DepthEvidence, WindowAllocator
+from unicuco.allocate.modegpt import MoDeGpt
 from unicuco.dimensions import Granularity
 from unicuco.engines import VllmOptions
 from unicuco.evaluate import LocalEvaluator
+from unicuco.evaluate.arrays import pack_model
+from unicuco.importance.unit_rivals import modegpt_units, sliced_units
+from unicuco.importance.units import UnitStore
 from unicuco.models import load_tokenizer
 from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn
 from unicuco.pipeline.preparation import Prepared, prepare
@@ -151,10 +159,15 @@ class Judge:
         self.search = LocalEvaluator(*self.prepared.judging(self.prepared.texts.search))
         tokenizer = load_tokenizer(self.prepared.loaded.folder)
         text = test_windows(tokenizer, None, tokens=16_384, context=self.prepared.context)
-        self.test = LocalEvaluator(*self.prepared.judging(text))
+        self._config, self._arrays = self.prepared.judging(text)
+        self.test = LocalEvaluator(self._config, self._arrays)
+
+    def test_with(self, units: UnitStore) -> LocalEvaluator:
+        """Return a judge on test text that narrows by other units."""
+        return LocalEvaluator(self._config, {**self._arrays, **pack_model({}, {}, {}, units)})
 
     def evidence(self) -> DepthEvidence:
-        """Return what depth methods look at."""
+        """Return what methods that look at the stream look at."""
         return DepthEvidence(
             loaded=self.prepared.loaded, space=self.space,
             granularity=self.prepared.search.granularity,
@@ -208,75 +221,127 @@ def enumerated(judge: Judge) -> list[Strategy]:
     return found
 
 
-def measure_quality(seeds: int) -> None:
-    """Measure every method at every target."""
-    rows: list[dict[str, Any]] = []
+class Rows:
+    """What was measured, written as it comes."""
 
-    def add(method: str, seed: int, judge: Judge, make: Callable[[], list[Strategy]]) -> None:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self, method: str, seed: int, test: LocalEvaluator, make: Callable[[], list[Strategy]]
+    ) -> None:
+        """Measure a method's strategy for every target on test text."""
         started = time.process_time()
         strategies = make()
         seconds = time.process_time() - started
         for sparsity, strategy in zip(SPARSITIES, strategies, strict=True):
-            evaluation = judge.test.evaluate(strategy)
-            rows.append(
+            evaluation = test.evaluate(strategy)
+            self.rows.append(
                 {
                     "method": method, "seed": seed, "asked": sparsity, "kl": evaluation.kl,
                     "sparsity": 1 - evaluation.kept_fraction, "cpu_seconds": seconds,
                 }
             )  # fmt: skip
-        shown = ", ".join(f"{row['kl']:.4f}" for row in rows[-len(SPARSITIES) :])
+        shown = ", ".join(f"{row['kl']:.4f}" for row in self.rows[-len(SPARSITIES) :])
         print(f"seed {seed} {method}: {shown} ({seconds:.0f} CPU s)", flush=True)
 
+    def show(self) -> None:
+        """Print the middle of the seeds."""
+        lines = []
+        for method in dict.fromkeys(row["method"] for row in self.rows):
+            own = [row for row in self.rows if row["method"] == method]
+            middle = [
+                float(torch.tensor([r["kl"] for r in own if r["asked"] == s]).median())
+                for s in SPARSITIES
+            ]
+            lines.append([method, *middle])
+        print(table(["test KL, nats", *map(str, SPARSITIES)], lines))
+
+
+def depth_methods(rows: Rows, seed: int, scratch: Path) -> None:
+    """Measure what removes blocks or parts."""
+    for granularity in Granularity:
+        run = learned(("depth",), granularity, seed, scratch / f"depth-{granularity}")
+        judge = Judge(("depth",), granularity, seed)
+        name = "blocks" if granularity is Granularity.BLOCK else "parts"
+        rows.add(f"stratnet, {name}", seed, judge.test, lambda run=run: stratnet(run))
+        units = float(run.manifest["cost_units"])
+        rows.add(
+            f"evopress, {name}", seed, judge.test,
+            lambda judge=judge, units=units: evopress(judge, units, seed),
+        )  # fmt: skip
+        for method in DEPTH_SCORES if seed == 0 else ():
+            made = DepthAllocator(method, judge.evidence())
+            rows.add(f"{method}, {name}", seed, judge.test, lambda m=made: m.allocate(SPARSITIES))
+        if seed == 0:
+            window = WindowAllocator(judge.evidence())
+            rows.add(
+                f"window_cosine, {name}", seed, judge.test, lambda w=window: w.allocate(SPARSITIES)
+            )
+        if seed == 0 and granularity is Granularity.BLOCK:
+            rows.add("all patterns, blocks", seed, judge.test, lambda j=judge: enumerated(j))
+
+
+def width_methods(rows: Rows, seed: int, scratch: Path) -> None:
+    """Measure what removes units, and both."""
+    for dimensions in (("width",), ("depth", "width"), ("width", "low_rank")):
+        run = learned(dimensions, "layer", seed, scratch / "-".join(dimensions))
+        judge = Judge(dimensions, "layer", seed)
+        name = "+".join(dimensions)
+        rows.add(f"stratnet, {name}", seed, judge.test, lambda run=run: stratnet(run))
+        if seed == 0 and "depth" not in dimensions:
+            space = judge.space
+            rows.add(
+                f"uniform, {name}", seed, judge.test,
+                lambda space=space: [space.uniform(s) for s in SPARSITIES],
+            )  # fmt: skip
+
+
+def modegpt_methods(rows: Rows, seed: int, scratch: Path) -> None:
+    """Measure MoDeGPT's modules beside slicing; nothing of them is drawn, so for one seed."""
+    if seed:
+        return
+    judge = Judge(("width", "low_rank"), "layer", seed)
+    loaded, units = judge.prepared.loaded, judge.prepared.units
+    assert units is not None, "of narrowing dimensions"
+    tests = {
+        "modegpt": judge.test_with(modegpt_units(loaded.profile, units)),
+        "slicing": judge.test_with(sliced_units(loaded)),
+        "our channels": judge.test_with(units),
+    }
+    shares = {"its allocation": MoDeGpt(judge.evidence())}
+    shares["alike"] = MoDeGpt(judge.evidence(), math.inf)
+    for modules, test in tests.items():
+        for name, allocator in shares.items():
+            rows.add(f"{modules}, {name}", seed, test, lambda a=allocator: a.allocate(SPARSITIES))
+        for name, ending in (("queries, keys", ".pairs"), ("values", ".ranks"), ("MLP", ".mlp")):
+            rows.add(f"{modules}, {name} alone", seed, test, lambda e=ending: alone(judge.space, e))
+
+
+def alone(space: StrategySpace, ending: str) -> list[Strategy]:
+    """Return the strategies in which one module of every block loses the targets' share of it."""
+    ours = torch.tensor([axis.name.endswith(ending) for axis in space.axes])
+    high = torch.tensor([axis.high for axis in space.axes], dtype=torch.float64)
+    return space.decode(torch.tensor(SPARSITIES, dtype=torch.float64)[:, None] / high * ours)
+
+
+def measure_quality(name: str, seeds: int, methods: Sequence[Callable[..., None]]) -> None:
+    """Measure every method at every target."""
+    rows = Rows()
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as scratch:
-            for granularity in Granularity:
-                run = learned(("depth",), granularity, seed, Path(scratch) / f"depth-{granularity}")
-                judge = Judge(("depth",), granularity, seed)
-                name = "blocks" if granularity is Granularity.BLOCK else "parts"
-                add(f"stratnet, {name}", seed, judge, lambda run=run: stratnet(run))
-                units = float(run.manifest["cost_units"])
-                add(
-                    f"evopress, {name}", seed, judge,
-                    lambda judge=judge, units=units, seed=seed: evopress(judge, units, seed),
-                )  # fmt: skip
-                for method in DEPTH_SCORES if seed == 0 else ():
-                    made = DepthAllocator(method, judge.evidence())
-                    add(f"{method}, {name}", seed, judge, lambda m=made: m.allocate(SPARSITIES))
-                if seed == 0:
-                    window = WindowAllocator(judge.evidence())
-                    add(
-                        f"window_cosine, {name}", seed, judge,
-                        lambda w=window: w.allocate(SPARSITIES),
-                    )  # fmt: skip
-                if seed == 0 and granularity is Granularity.BLOCK:
-                    add("all patterns, blocks", seed, judge, lambda j=judge: enumerated(j))
-            for dimensions in (("width",), ("depth", "width")):
-                run = learned(dimensions, "layer", seed, Path(scratch) / "-".join(dimensions))
-                judge = Judge(dimensions, "layer", seed)
-                add(f"stratnet, {'+'.join(dimensions)}", seed, judge, lambda run=run: stratnet(run))
-                if seed == 0 and dimensions == ("width",):
-                    space = judge.space
-                    add(
-                        "uniform, width", seed, judge,
-                        lambda space=space: [space.uniform(s) for s in SPARSITIES],
-                    )  # fmt: skip
-        save("shrink-quality", {"rows": rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = []
-    for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        middle = [
-            float(torch.tensor([r["kl"] for r in own if r["asked"] == s]).median())
-            for s in SPARSITIES
-        ]
-        lines.append([method, *middle])
-    print(table(["test KL, nats", *map(str, SPARSITIES)], lines))
+            for measure in methods:
+                measure(rows, seed, Path(scratch))
+        save(f"shrink-{name}", {"rows": rows.rows})
+    rows.show()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, quality; all if none")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="speed, quality (all if none), modegpt"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -284,7 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "speed" in parts:
         measure_speed()
     if "quality" in parts:
-        measure_quality(options.seeds)
+        every = (depth_methods, width_methods, modegpt_methods)
+        measure_quality("quality", options.seeds, every)
+    elif "modegpt" in parts:
+        measure_quality("modegpt", 1, (modegpt_methods,))
 
 
 if __name__ == "__main__":

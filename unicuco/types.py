@@ -217,7 +217,8 @@ class Part:
 
     Where it can be narrowed, it is made of ``num_units`` equal units (feed-forward channels; key
     and value heads with their query heads), each of ``unit_params`` parameters and ``unit_bytes``
-    bytes, of which ``unit_biases`` are biases; 0 units: it can't be.
+    bytes, of which ``unit_biases`` are biases; 0 units: it can't be. ``head_size``: the coordinates
+    of every head, where its units are groups of heads and its sites queries, keys, values, outputs.
     """
 
     block: int
@@ -229,6 +230,7 @@ class Part:
     unit_params: int = 0
     unit_biases: int = 0
     unit_bytes: int = 0
+    head_size: int = 0
 
     @property
     def path(self) -> str:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DepthEvidence:
-    """The dense model, a space of depth axes alone, and calibration text."""
+    """The dense model, a space (for depth methods, of depth axes alone), and calibration text."""
 
     loaded: LoadedModel
     space: StrategySpace
@@ -47,10 +47,10 @@ class DepthEvidence:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The residual stream at the boundaries of the axes, over a text.
+    """The residual stream at the boundaries of blocks or parts, over a text.
 
     ``cosine`` is ``d+1 x d+1``: mean cosine between the stream at two boundaries. ``added`` is
-    ``d``: mean norm of what an axis adds, over that of the stream after it.
+    ``d``: mean norm of what each adds, over that of the stream after it.
     """
 
     cosine: Tensor
@@ -113,8 +113,9 @@ class WindowAllocator:
 
 @torch.no_grad()
 def measure_streams(evidence: DepthEvidence) -> Streams:
-    """Run the calibration text once and compare the stream at all boundaries."""
-    loaded, d = evidence.loaded, evidence.space.num_axes
+    """Run the calibration text once and compare the stream at the boundaries of blocks or parts."""
+    loaded, by_block = evidence.loaded, evidence.granularity is Granularity.BLOCK
+    d = loaded.profile.num_blocks if by_block else len(parts_of(loaded.profile))
     cosine = torch.zeros(d + 1, d + 1, dtype=torch.float64)
     added = torch.zeros(d, dtype=torch.float64)
     for batch in evidence.calibration.batches():

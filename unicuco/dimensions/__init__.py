@@ -13,6 +13,7 @@ from unicuco.dimensions.base import Dimension, Granularity, Kept, ProductCost, p
 from unicuco.dimensions.byte_cost import ByteCost
 from unicuco.dimensions.depth import Depth
 from unicuco.dimensions.kv_bits import KvBits
+from unicuco.dimensions.low_rank import LowRank
 from unicuco.dimensions.sparsity import Sparsity
 from unicuco.dimensions.weight_bits import WeightBits
 from unicuco.dimensions.width import Width
@@ -24,6 +25,7 @@ DIMENSIONS: Final[dict[str, Dimension]] = {
     "sparsity": Sparsity(),
     "depth": Depth(),
     "width": Width(),
+    "low_rank": LowRank(),
     "weight_bits": WeightBits(),
     "kv_bits": KvBits(),
 }
@@ -88,8 +90,19 @@ def check_dimensions(dimensions: Sequence[str]) -> None:
         named = [name for name, kind in kinds.items() if kind is not ServedAs.MASK]
         raise RequestError(
             f"shapes and bits are not learned together in this version: {', '.join(named)}; "
-            "leave depth and width out, or the bits"
+            "leave shapes out, or the bits"
         )
+    for name in dimensions:
+        apart = sorted(DIMENSIONS[name].apart_from & set(dimensions))
+        if apart:
+            raise RequestError(
+                f"{name} and {', '.join(apart)} are not learned together; leave one of them out"
+            )
+
+
+def any_narrows(dimensions: Sequence[str]) -> bool:
+    """Say whether some of these dimensions ask which units of a part stay."""
+    return any(DIMENSIONS[name].narrows for name in dimensions)
 
 
 __all__ = [
@@ -99,6 +112,7 @@ __all__ = [
     "Granularity",
     "Kept",
     "ProductCost",
+    "any_narrows",
     "build_cost",
     "build_space",
     "check_dimensions",

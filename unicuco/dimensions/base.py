@@ -2,9 +2,9 @@
 
 A part is what can be removed by itself: a sub-module where the profile tells them apart, else a
 whole block. Notation: b batch, i sites, p parts. A dimension says which share of every site's
-weights it keeps, and which share of every part's units and of the part as a whole (`Kept`); the
-parameters kept in part p are alive_p (fixed_p + biases_p width_p + sum over its sites of
-w_i weights_i width_p), all factors being products over the dimensions.
+weights and lines it keeps, and which share of every part's units and of the part as a whole
+(`Kept`); the parameters kept in part p are alive_p (fixed_p + width_p times the sum over its sites
+of lines_i (biases_i + w_i weights_i)), all factors being products over the dimensions.
 
 What it does not know: which weights are kept.
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from unicuco.space import Axis, Shape
+from unicuco.space import Axis, Narrowing, Shape
 from unicuco.types import ModelProfile, Part, ServedAs, Site
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ class Granularity(StrEnum):
 class Kept:
     """Shares in [0, 1] that a dimension keeps; none: all.
 
-    ``weights``: ``b x i`` of every site's weights, shapes as they are. ``width``: ``b x p`` of the
-    units of every part. ``alive``: ``b x p`` of every part as a whole. ``weight_bits``: ``b x i``
-    of the way from 16 to 4 bits that every site has gone, and ``kv_bits``: ``b x l`` what every
-    block caches: shares that are taken, not kept.
+    ``weights``: ``b x i`` of every site's weights, shapes as they are. ``lines``: ``b x i`` of the
+    lines (rows, of a part's last site columns) that a unit has in every site. ``width``: ``b x p``
+    of the units of every part. ``alive``: ``b x p`` of every part as a whole. ``weight_bits``:
+    ``b x i`` of the way from 16 to 4 bits that every site has gone, and ``kv_bits``: ``b x l`` what
+    every block caches: shares that are taken, not kept.
     """
 
     weights: Tensor | None = None
+    lines: Tensor | None = None
     width: Tensor | None = None
     alive: Tensor | None = None
     weight_bits: Tensor | None = None
@@ -55,13 +57,16 @@ class Kept:
 class Dimension(Protocol):
     """One way of compressing, as the space and the evaluator need it.
 
-    ``must_follow`` names the dimensions that are applied before this one. Subclasses say what they
-    do; what they leave out changes nothing.
+    ``must_follow`` names the dimensions that are applied before this one, ``apart_from`` those that
+    it can't be learned with; ``narrows`` says that parts lose some of their units, or of what is
+    inside them. Subclasses say what they do; what they leave out changes nothing.
     """
 
     name: str
     served_as: ServedAs
     must_follow: frozenset[str]
+    apart_from: frozenset[str] = frozenset()
+    narrows: bool = False
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:
         """Return the dimension's axes in order.
@@ -79,10 +84,10 @@ class Dimension(Protocol):
         """Return the parts (positions in `parts_of`) that are gone as a whole."""
         return frozenset()
 
-    def removed_units(
+    def narrowed(
         self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> dict[int, int]:
-        """Return how many units each part loses; parts not named lose none."""
+    ) -> dict[int, Narrowing]:
+        """Return what each part loses of its width; parts not named lose nothing."""
         return {}
 
     def zeroed(
@@ -154,10 +159,12 @@ class ProductCost:
         in_sites = torch.zeros(len(self.parts), dtype=torch.float64).index_add_(
             0, torch.tensor(self._part_of), self._weights
         )
-        self._biases = torch.tensor(
+        biases = {path: count for part in self.parts for path, count in _site_biases(part, profile)}
+        self._biases = [biases.get(site.path, 0) for site in profile.sites]
+        per_part = torch.tensor(
             [part.num_units * part.unit_biases for part in self.parts], dtype=torch.float64
         )
-        self._fixed = params - in_sites - self._biases
+        self._fixed = params - in_sites - per_part
         self._outside = float(profile.total_params - int(params.sum()))
 
     @property
@@ -169,8 +176,8 @@ class ProductCost:
     @property
     def slack(self) -> float:
         """Weights by which the relaxed size of a strategy may be less than the exact one."""
-        narrows = any(part.name == "width" for part in self.dimensions)
         counted = [a for d in self.dimensions for a in d.axes(self.profile, self.granularity)]
+        narrows = any(axis.is_shape and not axis.is_choice for axis in counted)
         return float(sum(not axis.is_shape for axis in counted)) if narrows else 0.0
 
     def size(self, settings: Tensor) -> Tensor:
@@ -196,8 +203,11 @@ class ProductCost:
         weights = self._weights.expand(len(settings), -1)
         for share in shares:
             weights = weights if share.weights is None else weights * share.weights
+        weights = weights + torch.tensor(self._biases, dtype=torch.float64)
+        lines = _product([s.lines for s in shares])
+        weights = weights if lines is None else weights * lines
         in_sites = torch.zeros(len(settings), len(self.parts), dtype=torch.float64)
-        in_sites = in_sites.index_add(1, self._part_index, weights) + self._biases
+        in_sites = in_sites.index_add(1, self._part_index, weights)
         per_part = self._fixed + (in_sites if width is None else in_sites * width)
         return self._outside + (per_part if alive is None else per_part * alive).sum(1)
 
@@ -211,23 +221,22 @@ class ProductCost:
     def _shape_of(self, values: tuple[float, ...]) -> Shape:
         own = self._split(values)
         gone: frozenset[int] = frozenset()
-        units: dict[int, int] = {}
+        lost: dict[int, Narrowing] = {}
         for dimension, part in own:
             gone |= dimension.removed_parts(self.profile, part, self.granularity)
-            units |= dimension.removed_units(self.profile, part, self.granularity)
-        lost = tuple((p, count) for p, count in sorted(units.items()) if count and p not in gone)
+            for p, narrowing in dimension.narrowed(self.profile, part, self.granularity).items():
+                lost[p] = lost.get(p, Narrowing()) + narrowing
+        narrowed = tuple((p, less) for p, less in sorted(lost.items()) if less and p not in gone)
         sizes = [site.num_weights for site in self.profile.sites]
-        narrowed = dict(lost)
         for position, p in enumerate(self._part_of):
-            if p in gone:
-                sizes[position] = 0
-            elif p in narrowed:
-                sizes[position] -= sizes[position] // self.parts[p].num_units * narrowed[p]
+            sizes[position] = 0 if p in gone else sizes[position]
+        for position, kept, of in self._narrowed_sites(narrowed):
+            sizes[position] = sizes[position] // of * kept
         zeroed = [0] * len(sizes)
         for dimension, part in own:
             more = dimension.zeroed(self.profile.sites, sizes, part, self.granularity)
             zeroed = [a + b for a, b in zip(zeroed, more, strict=True)]
-        return Shape(parts=gone, units=lost, sizes=tuple(sizes), zeroed=tuple(zeroed))
+        return Shape(parts=gone, narrowed=narrowed, sizes=tuple(sizes), zeroed=tuple(zeroed))
 
     def site_drops(self, values: Sequence[float]) -> dict[str, int]:
         """Return the exact number of weights each site loses, all of them where it is removed."""
@@ -248,14 +257,20 @@ class ProductCost:
         """Return the exact kept parameters of the whole model."""
         shape = self.shape(values)
         gone = sum(self.parts[p].num_params for p in shape.parts)
-        narrowed = sum(self.parts[p].unit_params * count for p, count in shape.units)
+        narrowed = sum(
+            (self.profile.sites[position].num_weights + self._biases[position]) // of * (of - kept)
+            for position, kept, of in self._narrowed_sites(shape.narrowed)
+        )
         return self.profile.total_params - gone - narrowed - sum(shape.zeroed)
 
     def num_bytes(self, values: Sequence[float]) -> int:
         """Return the bytes stored: zeros are stored, removed parts and units are not."""
         shape = self.shape(values)
         gone = sum(self.parts[p].num_bytes for p in shape.parts)
-        narrowed = sum(self.parts[p].unit_bytes * count for p, count in shape.units)
+        narrowed = sum(
+            self._stored_bytes[position] // of * (of - kept)
+            for position, kept, of in self._narrowed_sites(shape.narrowed)
+        )
         return self.profile.total_bytes - gone - narrowed
 
     def apply(self, model: nn.Module, values: Sequence[float]) -> None:
@@ -266,6 +281,32 @@ class ProductCost:
             dimension, part = own[name]
             dimension.apply(model, self.profile, part, self.granularity)
 
+    def _narrowed_sites(
+        self, narrowed: Sequence[tuple[int, Narrowing]]
+    ) -> list[tuple[int, int, int]]:
+        """Return the sites of narrowed parts: position, lines that stay, of how many (per line)."""
+        return [
+            (self._position[path], *kept_lines(self.parts[p], k, less))
+            for p, less in narrowed
+            for k, path in enumerate(self.parts[p].sites)
+        ]
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {site.path: position for position, site in enumerate(self.profile.sites)}
+
+    @cached_property
+    def _stored_bytes(self) -> list[int]:
+        """Bytes of every site, its bias included where units have a share in it."""
+        sizes = [site.num_weights * site.item_bytes for site in self.profile.sites]
+        for part in self.parts:
+            own = [self._position[path] for path in part.sites]
+            if part.unit_biases:
+                in_biases = part.unit_bytes - sum(sizes[k] for k in own) // part.num_units
+                for k in own:
+                    sizes[k] += self._biases[k] * in_biases // part.unit_biases
+        return sizes
+
     @cached_property
     def _part_index(self) -> Tensor:
         return torch.tensor(self._part_of)
@@ -273,6 +314,31 @@ class ProductCost:
     def _split(self, values: Sequence[float]) -> list[tuple[Dimension, Sequence[float]]]:
         parts = zip(self.dimensions, self._starts, self._ends, strict=True)
         return [(dimension, values[start:end]) for dimension, start, end in parts]
+
+
+def kept_lines(part: Part, position: int, less: Narrowing) -> tuple[int, int]:
+    """Return how many lines of a narrowed part's site stay, and of how many; in steps of narrowing.
+
+    Args:
+        part: that loses something.
+        position: of the site in the part.
+        less: what it loses.
+    """
+    units = part.num_units - less.units
+    if not part.head_size:
+        return units, part.num_units
+    if position < 2:  # queries and keys
+        pairs = part.head_size // 2
+        return units * (pairs - less.pairs), part.num_units * pairs
+    return units * (part.head_size - less.ranks), part.num_units * part.head_size
+
+
+def _site_biases(part: Part, profile: ModelProfile) -> list[tuple[str, int]]:
+    """Return the biases of a part's sites that its units have a share in: of all but the last."""
+    rows = {site.path: site.num_rows for site in profile.sites if site.path in part.sites[:-1]}
+    per_row, rest = divmod(part.num_units * part.unit_biases, sum(rows.values()) or 1)
+    assert (rest, per_row) in ((0, 0), (0, 1)), "all of them have biases, or none"
+    return [(path, per_row * count) for path, count in rows.items()]
 
 
 def _product(shares: Sequence[Tensor | None]) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unicuco.dimensions.base import Dimension, Granularity, Kept
 from unicuco.errors import RequestError
-from unicuco.space import Axis
+from unicuco.space import Axis, Narrowing
 from unicuco.types import ModelProfile, Part, ServedAs
 
 _UNITS_PER_STEP: Final = 64
@@ -33,6 +33,7 @@ class Width(Dimension):
     name = "width"
     served_as = ServedAs.SHRINK
     must_follow: frozenset[str] = frozenset({"depth"})
+    narrows = True
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:
         """Return one axis per part that can be narrowed, at either granularity.
@@ -63,15 +64,16 @@ class Width(Dimension):
         index = torch.tensor(_narrowed(profile))
         return Kept(width=width.index_copy(1, index, 1.0 - settings))
 
-    def removed_units(
+    def narrowed(
         self, profile: ModelProfile, values: Sequence[float], granularity: Granularity
-    ) -> dict[int, int]:
+    ) -> dict[int, Narrowing]:
         """Return whole steps of units."""
-        units = {}
+        lost = {}
         for p, value in zip(_narrowed(profile), values, strict=True):
             count = num_steps(profile.parts[p])
-            units[p] = round(value * count) * (profile.parts[p].num_units // count)
-        return units
+            each = profile.parts[p].num_units // count
+            lost[p] = Narrowing(units=round(value * count) * each)
+        return lost
 
 
 def num_steps(part: Part) -> int:

@@ -34,6 +34,7 @@ from unicuco.models import site_module
 from unicuco.models.kv_cache import RoundedCache
 from unicuco.objectives import DenseReference
 from unicuco.rows import RowRule
+from unicuco.space import Narrowing
 from unicuco.types import Evaluation, Site, Strategy
 
 if TYPE_CHECKING:
@@ -74,13 +75,14 @@ class LocalEvaluator:
             sites,
             levels=config.levels,
             units=UnitStore.from_tensors(tensors),
+            biases={s.path: b for s in sites if (b := state.get(f"{s.path}.bias")) is not None},
             factors={
                 s.path: t for s in sites if (t := tensors.get(f"factor/{s.path}")) is not None
             },
         )
         self._part_of = {path: p for p, part in enumerate(self._cost.parts) for path in part.sites}
         self._dropped: dict[str, int] = dict.fromkeys((site.path for site in sites), 0)
-        self._units_lost: dict[str, int] = dict.fromkeys((site.path for site in sites), 0)
+        self._lost: dict[str, Narrowing] = dict.fromkeys((s.path for s in sites), Narrowing())
         self._bits: dict[str, int] = dict.fromkeys((site.path for site in sites), 16)
         self._kv_bits: tuple[int, ...] = ()
         self._rows: dict[str, Tensor | None] = {}
@@ -177,7 +179,7 @@ class LocalEvaluator:
         if rows is not None and self.config.levels:
             raise ValueError("levels are matrices as they are: a row rule can't spread their drops")
         shape = self._cost.shape(strategy.values)
-        units = dict(shape.units)
+        narrowed = dict(shape.narrowed)
         sites = self.config.profile.sites
         bits = (16,) * len(sites)
         if isinstance(self._cost, ByteCost):
@@ -187,8 +189,8 @@ class LocalEvaluator:
             for site, size, zeroed, own in zip(sites, shape.sizes, shape.zeroed, bits, strict=True):
                 path, drop = site.path, site.num_weights - size + zeroed
                 offsets = None if rows is None else rows.of(path)
-                lost = units.get(self._part_of[path], 0)
-                was = (self._dropped[path], self._units_lost[path], self._bits[path])
+                lost = narrowed.get(self._part_of[path], Narrowing())
+                was = (self._dropped[path], self._lost[path], self._bits[path])
                 same = (drop, lost, own) == was
                 if not (same and offsets is None and self._rows.get(path) is None):
                     # Until it is cut, nobody may take it for what it was: a cut may fail.
@@ -197,10 +199,12 @@ class LocalEvaluator:
                         self._narrow(site, lost, zeroed)
                     else:
                         self._cut(site, drop, offsets)
+                    if lost != self._lost[path]:
+                        self._narrow_bias(site, lost)
                     self._sites.quantise(site, own, _weight(self._model, site).data)
                 self._rows[path] = offsets
                 self._dropped[path] = drop
-                self._units_lost[path] = lost
+                self._lost[path] = lost
                 self._bits[path] = own
         self._cost.apply(self._model, strategy.values)
 
@@ -214,10 +218,16 @@ class LocalEvaluator:
         logits: Tensor = out.logits.flatten(0, 1)
         return logits
 
-    def _narrow(self, site: Site, units_lost: int, num_zeroed: int) -> None:
+    def _narrow(self, site: Site, less: Narrowing, num_zeroed: int) -> None:
         part = self._cost.parts[self._part_of[site.path]]
         target = _weight(self._model, site).data
-        self._sites.narrow(site, part, units_lost, num_zeroed, target)
+        self._sites.narrow(site, part, less, num_zeroed, target)
+
+    def _narrow_bias(self, site: Site, less: Narrowing) -> None:
+        bias = site_module(self._model, site).bias
+        if isinstance(bias, nn.Parameter):
+            part = self._cost.parts[self._part_of[site.path]]
+            self._sites.narrow_bias(site, part, less, bias.data)
 
     def _cut(self, site: Site, num_dropped: int, rows: Tensor | None) -> None:
         self._sites.cut(site, num_dropped, _weight(self._model, site).data, rows=rows)

@@ -17,6 +17,7 @@ from unicuco.importance.units import UnitStore
 from unicuco.levels import LevelDatabase
 from unicuco.pruners import LevelPruner
 from unicuco.ranks import cut, narrowed_rank
+from unicuco.space import Narrowing
 from unicuco.types import Part, Site
 
 
@@ -31,6 +32,7 @@ class SiteWeights:
         levels: folder of the level database that sites are taken from instead of being cut; or "".
         units: which units of a part stay, where parts are narrowed.
         factors: site path -> what GPTQ rounds by; others are rounded to the nearest.
+        biases: site path -> the module's bias, of sites that have one.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class SiteWeights:
         levels: str = "",
         units: UnitStore | None = None,
         factors: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._biases = biases or {}
         self._units = units
         self._factors = factors or {}
         self._dense = {site.path: oriented(dense[site.path], site) for site in sites}
@@ -73,20 +77,20 @@ class SiteWeights:
 
     @torch.no_grad()
     def narrow(
-        self, site: Site, part: Part, units_lost: int, num_zeroed: int, target: Tensor
+        self, site: Site, part: Part, less: Narrowing, num_zeroed: int, target: Tensor
     ) -> None:
         """Write a site's narrowed matrix into ``target``, with zeros where it has nothing.
 
         Args:
             site: which.
             part: that it belongs to.
-            units_lost: units that the part loses.
+            less: what the part loses.
             num_zeroed: weights of what is left that become zero.
             target: the live module's matrix, as it is stored.
         """
         assert self._units is not None, "a narrowed part has units"
         dense = self._dense[site.path].float()
-        rows, columns, matrix = self._units.narrowed(part, units_lost, site, dense)
+        rows, columns, matrix = self._units.narrowed(part, less, site, dense)
         if num_zeroed:
             rank = narrowed_rank(self._ranks[site.path], rows, columns)
             matrix = cut(matrix, rank, num_zeroed)
@@ -95,6 +99,18 @@ class SiteWeights:
             out[:, columns] = matrix
         else:
             out[rows] = matrix
+
+    @torch.no_grad()
+    def narrow_bias(self, site: Site, part: Part, less: Narrowing, target: Tensor) -> None:
+        """Write a site's bias into ``target`` as `narrow` does its matrix; nothing lost: dense."""
+        rows, bias = None, self._biases[site.path]
+        if less:
+            assert self._units is not None, "a narrowed part has units"
+            rows, bias = self._units.narrowed_bias(part, less, site, bias)
+        if rows is None:
+            target.copy_(bias)
+        else:
+            target.zero_()[rows] = bias.to(target.dtype)
 
     @torch.no_grad()
     def quantise(self, site: Site, bits: int, target: Tensor) -> None:

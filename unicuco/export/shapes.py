@@ -82,6 +82,8 @@ def _is_plain(
 ) -> bool:
     """Say whether the family's own configuration can describe these shapes."""
     first = shapes[0]
+    if first.query_key_size or first.value_size:
+        return False
     if len(set(shapes)) > 1 or not (first.has_attention and first.has_mlp):
         return False
     # Llama's refuses heads that don't divide the hidden size; Qwen2's engines know no head size.

@@ -33,7 +33,7 @@ from unicuco.models.block_shapes import BlockShape
 from unicuco.models.folder import read_config
 from unicuco.models.index import SINGLE
 from unicuco.ranks import RankStore, cut, narrowed_rank
-from unicuco.space import Shape, StrategySpace
+from unicuco.space import Narrowing, Shape, StrategySpace
 from unicuco.tensors import map_tensors
 from unicuco.types import ModelProfile, Part, Site, Strategy
 
@@ -67,7 +67,7 @@ class ShrinkPlan:
         if not kept:
             raise VariantError("the plan removes every block; ask for less")
         config = read_config(folder)
-        whole = not shape.units and all(
+        whole = not shape.narrowed and all(
             part.block not in kept for p, part in enumerate(parts) if p in shape.parts
         )
         if whole:
@@ -93,26 +93,27 @@ def _block_shapes(
 ) -> list[BlockShape]:
     if not all(part.num_units for part in parts):  # another family; `with_shapes` says so
         return []
-    lost = dict(shape.units)
-    sizes = {block: {"heads": 0, "groups": 0, "width": 0} for block in kept}
+    lost = dict(shape.narrowed)
+    sizes: dict[int, dict[str, int]] = {
+        block: {"attention_heads": 0, "key_value_heads": 0, "intermediate_size": 0}
+        for block in kept
+    }
     for p, part in enumerate(parts):
         if p in shape.parts:
             continue
-        units = part.num_units - lost.get(p, 0)
-        if len(part.sites) == 3:  # gate, up, down; attention has four matrices
-            sizes[part.block]["width"] = units
-        else:
-            heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
-            per_group = int(str(heads)) // int(str(groups or heads))
-            sizes[part.block] |= {"groups": units, "heads": units * per_group}
-    return [
-        BlockShape(
-            attention_heads=size["heads"],
-            key_value_heads=size["groups"],
-            intermediate_size=size["width"],
-        )
-        for size in sizes.values()
-    ]
+        less, own = lost.get(p, Narrowing()), sizes[part.block]
+        units = part.num_units - less.units
+        if not part.head_size:
+            own["intermediate_size"] = units
+            continue
+        heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+        per_group = int(str(heads)) // int(str(groups or heads))
+        own |= {"key_value_heads": units, "attention_heads": units * per_group}
+        if less.pairs:
+            own["query_key_size"] = part.head_size - 2 * less.pairs
+        if less.ranks:
+            own["value_size"] = part.head_size - less.ranks
+    return [BlockShape(**size) for size in sizes.values()]
 
 
 def write_shrunk(
@@ -124,7 +125,7 @@ def write_shrunk(
         ModelError: the base can't be read, or its tensors can't be told apart.
         VariantError: the plan narrows parts and no units are given.
     """
-    if plan.shape.units and units is None:
+    if plan.shape.narrowed and units is None:
         raise VariantError("the plan narrows parts, and the run holds no units; learn it again")
     headers = [read_checked_header(path) for path in weight_files(plan.folder)]
     entries = [entry for header in headers for entry in header.entries]
@@ -143,11 +144,22 @@ def write_shrunk(
             name = header.path.name
             files[name] = _write_file(stage / name, header, kept, cutter)
             places |= dict.fromkeys((new for _, new in kept), name)
-    config = without_sparsity_config(json.dumps(plan.config).encode())
+    described = plan.config if units is None else plan.config | _rotary_pairs(plan, units)
+    config = without_sparsity_config(json.dumps(described).encode())
     files |= write_json(stage / "config.json", json.loads(config))
     if SINGLE not in files:
         files |= write_index(stage, places, cutter.num_bytes)
     return files
+
+
+def _rotary_pairs(plan: ShrinkPlan, units: UnitStore) -> dict[str, object]:
+    """Return what the configuration says of the queries and keys that every block has left."""
+    pairs: list[list[list[int]] | None] = [None] * len(plan.kept_blocks)
+    for p, less in plan.shape.narrowed:
+        if less.pairs:
+            part = plan.parts[p]
+            pairs[plan.kept_blocks.index(part.block)] = units.kept_pairs(part, less).tolist()
+    return {"rotary_pairs": pairs} if any(pairs) else {}
 
 
 class _Cutter:
@@ -173,7 +185,7 @@ class _Cutter:
         self._in_block = re.compile(rf"{re.escape(front)}(\d+)\.(.+)")
         self._front = front
         self._new_number = {block: k for k, block in enumerate(plan.kept_blocks)}
-        self._units_lost = dict(plan.shape.units)
+        self._lost = dict(plan.shape.narrowed)
         self._part_of = {path: p for p, part in enumerate(plan.parts) for path in part.sites}
         self._removed = tuple(
             f"{module}." for p in sorted(plan.shape.parts) for module in plan.parts[p].modules
@@ -212,8 +224,11 @@ class _Cutter:
             return tensor
         site = self._plan.profile.sites[position]
         if is_bias:
-            rows, _ = self._kept(site)
-            return tensor if rows is None else tensor[rows]
+            part, less = self._loss(site)
+            if not less:
+                return tensor
+            assert self._units is not None, "checked before anything is written"
+            return self._units.narrowed_bias(part, less, site, tensor)[1]
         return self._matrix(site, self._plan.shape.zeroed[position], tensor)
 
     def _site(self, name: str) -> tuple[int | None, bool]:
@@ -244,9 +259,9 @@ class _Cutter:
         assert self._units is not None, "checked before anything is written"
         return self._units.kept_lines(part, lost, site)
 
-    def _loss(self, site: Site) -> tuple[Part, int]:
+    def _loss(self, site: Site) -> tuple[Part, Narrowing]:
         p = self._part_of[site.path]
-        return self._plan.parts[p], self._units_lost.get(p, 0)
+        return self._plan.parts[p], self._lost.get(p, Narrowing())
 
 
 def _write_file(

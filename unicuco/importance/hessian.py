@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unicuco.calibration import TokenSet, watch_inputs
 from unicuco.errors import ModelError
@@ -44,7 +45,7 @@ def collect_factors(loaded: LoadedModel, tokens: TokenSet) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def collect_hessians(
-    loaded: LoadedModel, sites: Sequence[Site], tokens: TokenSet
+    loaded: LoadedModel, sites: Sequence[Site], tokens: TokenSet, *, with_constant: bool = False
 ) -> dict[str, Tensor]:
     """Run the text through the model and sum H = 2/N X^T X of some sites.
 
@@ -52,6 +53,7 @@ def collect_hessians(
         loaded: the dense model.
         sites: of it; memory is i² numbers of 4 bytes for each.
         tokens: the calibration text.
+        with_constant: take one more input that is always 1, which a bias is the column of.
 
     Returns:
         Site path to ``i x i`` float32.
@@ -60,11 +62,13 @@ def collect_hessians(
         ModelError: inputs are NaN or infinite.
     """
     paths = {site.path for site in sites}
-    sums = {site.path: torch.zeros(site.num_columns, site.num_columns) for site in sites}
+    sizes = {site.path: site.num_columns + with_constant for site in sites}
+    sums = {path: torch.zeros(size, size) for path, size in sizes.items()}
 
     def observe(site: Site, inputs: Tensor) -> None:
         if site.path in paths:
             x = inputs.flatten(0, -2).float()
+            x = pad(x, (0, 1), value=1.0) if with_constant else x
             sums[site.path].addmm_(x.T, x, alpha=2 / tokens.num_tokens)
 
     with watch_inputs(loaded.model, loaded.profile, observe):

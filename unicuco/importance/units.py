@@ -12,20 +12,26 @@ and Stork 1993). Units go one by one, the cheapest of those that are left first,
 after each: so the units that stay with fewer are among those that stay with more. In parts of very
 many units several go at a time.
 
-Notation: u units, m columns of each, H ``i x i``.
+Heads that stay may lose coordinates too (`unicuco.importance.modegpt`): rotary pairs of queries and
+keys are left out as units are, values and outputs are first turned to the basis in which the last
+coordinates matter least.
+
+Notation: u units, m columns of each, H ``i x i``; inside heads as in `unicuco.importance.modegpt`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from unicuco.importance.hessian import collect_hessians
-from unicuco.models import read_site
+from unicuco.importance.modegpt import damped, pair_order, value_bases
+from unicuco.models import read_site, site_module
+from unicuco.space import Narrowing
 from unicuco.types import ModelProfile, Part, Site
 
 if TYPE_CHECKING:
@@ -44,41 +50,90 @@ class UnitStore:
     Attributes:
         orders: part path to ``u`` unit numbers, the first to go first.
         moments: part path to the ``i x i`` float32 second moments of its last matrix' inputs.
+        pairs: attention path to ``g x d/2`` rotary pairs, the first to go first; where they may go.
+        bases: likewise to the ``2 x g x d x d`` float32 change of basis of values and outputs.
     """
 
     orders: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    pairs: Mapping[str, Tensor] = field(default_factory=dict)
+    bases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def kept(self, part: Part, num_removed: int) -> Tensor:
         """Return the units that stay, rising."""
         return self.orders[part.path][num_removed:].long().sort().values
 
+    def kept_pairs(self, part: Part, less: Narrowing) -> Tensor:
+        """Return the rotary pairs that stay in every group that stays, rising: ``g' x p``."""
+        order = self.pairs[part.path].long()[self.kept(part, less.units)]
+        return order[:, less.pairs :].sort(dim=1).values
+
     def kept_lines(
-        self, part: Part, num_removed: int, site: Site
+        self, part: Part, less: Narrowing, site: Site
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the rows, or of the last matrix the columns, of a site that stay; none: all."""
-        if not num_removed:
+        if not less:
             return None, None
-        kept = self.kept(part, num_removed)
-        if site.path == part.sites[-1]:
-            return None, unit_indices(kept, part.num_units, site.num_columns)
-        return unit_indices(kept, part.num_units, site.num_rows), None
+        is_last = site.path == part.sites[-1]
+        size = site.num_columns if is_last else site.num_rows
+        lines = unit_indices(self.kept(part, less.units), part.num_units, size)
+        if part.head_size:
+            inside = self._inside(part, less, part.sites.index(site.path))
+            starts = lines.view(len(inside), -1, part.head_size)[:, :, :1]  # (g', m, 1)
+            lines = (starts + inside[:, None]).flatten()
+        return (None, lines) if is_last else (lines, None)
 
     def narrowed(
-        self, part: Part, num_removed: int, site: Site, weight: Tensor
+        self, part: Part, less: Narrowing, site: Site, weight: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Return rows and columns as `kept_lines` does, and the site's matrix with those alone.
 
+        Where values lose coordinates, the lines are those of the new basis, of which the first of
+        every head stay.
+
         Args:
             part: which.
-            num_removed: units that go.
+            less: what goes.
             site: one of its matrices.
             weight: the dense ``o x i``.
         """
-        rows, columns = self.kept_lines(part, num_removed, site)
+        rows, columns = self.kept_lines(part, less, site)
         if columns is not None:
-            return rows, columns, self.last_matrix(part, num_removed, weight)
-        return rows, columns, weight if rows is None else weight[rows]
+            return rows, columns, self._last(part, less, weight)
+        if rows is None:
+            return rows, columns, weight
+        if less.ranks and site.path == part.sites[2]:
+            values = weight.double().unflatten(0, (part.num_units, part.head_size))  # (g, d, i)
+            turned = self.bases[part.path][0].double() @ values
+            return rows, columns, turned.flatten(0, 1)[rows].to(weight.dtype)
+        return rows, columns, weight[rows]
+
+    def narrowed_bias(
+        self, part: Part, less: Narrowing, site: Site, bias: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the rows of a site that stay, none being all, and its ``o`` biases for them."""
+        if site.path == part.sites[-1]:
+            return None, bias
+        rows, _, column = self.narrowed(part, less, site, bias[:, None])
+        return rows, column[:, 0]
+
+    def _inside(self, part: Part, less: Narrowing, position: int) -> Tensor:
+        """Return the coordinates that stay in the heads of every group that stays, ``g' x n``."""
+        groups = part.num_units - less.units
+        if position < 2 and less.pairs:
+            pairs = self.kept_pairs(part, less)
+            return torch.cat([pairs, pairs + part.head_size // 2], dim=1)
+        size = part.head_size - (less.ranks if position >= 2 else 0)
+        return torch.arange(size).expand(groups, -1)
+
+    def _last(self, part: Part, less: Narrowing, weight: Tensor) -> Tensor:
+        matrix = self.last_matrix(part, less.units, weight)
+        if not less.ranks:
+            return matrix
+        kept = self.kept(part, less.units)
+        heads = matrix.double().unflatten(1, (len(kept), -1, part.head_size))  # (o, g', m, d)
+        basis = self.bases[part.path][1].double()[kept, :, : part.head_size - less.ranks]
+        return torch.einsum("ogmd,gdr->ogmr", heads, basis).flatten(1).to(weight.dtype)
 
     def last_matrix(self, part: Part, num_removed: int, weight: Tensor) -> Tensor:
         """Return the ``o x i'`` last matrix of what stays, fitted to the dense one's outputs.
@@ -91,15 +146,14 @@ class UnitStore:
         if not num_removed:
             return weight
         columns = unit_indices(self.kept(part, num_removed), part.num_units, weight.shape[1])
-        damped = _damped(self.moments[part.path])
-        factor = torch.linalg.cholesky(damped[columns][:, columns])
-        target = damped[columns] @ weight.double().T  # (i', o)
-        return torch.cholesky_solve(target, factor).T.to(weight.dtype)
+        return fit_columns(weight, self.moments[part.path], columns)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything `from_tensors` needs, by name."""
         named = {f"order/{path}": order.int() for path, order in self.orders.items()}
-        return named | {f"moments/{path}": m.float() for path, m in self.moments.items()}
+        named |= {f"moments/{path}": m.float() for path, m in self.moments.items()}
+        named |= {f"pairs/{path}": order.int() for path, order in self.pairs.items()}
+        return named | {f"bases/{path}": basis.float() for path, basis in self.bases.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> UnitStore:
@@ -108,11 +162,16 @@ class UnitStore:
         def of(kind: str) -> dict[str, Tensor]:
             return {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
 
-        return cls(of("order/"), of("moments/"))
+        return cls(of("order/"), of("moments/"), of("pairs/"), of("bases/"))
 
 
-def build_units(loaded: LoadedModel, tokens: TokenSet) -> UnitStore:
+def build_units(loaded: LoadedModel, tokens: TokenSet, *, inside_heads: bool = False) -> UnitStore:
     """Run the text through the dense model and order the units of every part.
+
+    Args:
+        loaded: the dense model.
+        tokens: the text.
+        inside_heads: also order what is inside attention heads, which takes another pass.
 
     Raises:
         ModelError: inputs are NaN or infinite.
@@ -130,7 +189,35 @@ def build_units(loaded: LoadedModel, tokens: TokenSet) -> UnitStore:
             weight = read_site(loaded.model, by_path[last[part.path]])
             orders[part.path] = elimination_order(weight, moment, part.num_units)
             moments[part.path] = moment
-    return UnitStore(orders, moments)
+    inside = _order_inside_heads(loaded, tokens) if inside_heads else ({}, {})
+    return UnitStore(orders, moments, *inside)
+
+
+def _order_inside_heads(
+    loaded: LoadedModel, tokens: TokenSet
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the pairs and the bases of every attention (`UnitStore`)."""
+    by_path = {site.path: site for site in loaded.profile.sites}
+    attentions = [part for part in loaded.profile.parts if part.head_size]
+    first = [by_path[part.sites[0]] for part in attentions]  # all three read the same
+    hessians = collect_hessians(loaded, first, tokens, with_constant=True)
+    pairs: dict[str, Tensor] = {}
+    bases: dict[str, Tensor] = {}
+    for part in attentions:
+        moment = hessians.pop(part.sites[0]) / 2
+        query, key, value = (_with_bias(loaded, by_path[path]) for path in part.sites[:3])
+        output = read_site(loaded.model, by_path[part.sites[3]])
+        pairs[part.path] = pair_order(query, key, moment, part.num_units)
+        bases[part.path] = value_bases(value, output, moment, part.num_units)
+    return pairs, bases
+
+
+def _with_bias(loaded: LoadedModel, site: Site) -> Tensor:
+    """Return a site's matrix with its bias, or zeros, as one more column."""
+    weight = read_site(loaded.model, site)
+    bias = site_module(loaded.model, site).bias
+    column = torch.zeros(len(weight)) if bias is None else torch.as_tensor(bias).detach()
+    return torch.cat([weight.float(), column[:, None].float()], dim=1)
 
 
 def last_sites(profile: ModelProfile) -> dict[str, str]:
@@ -144,6 +231,20 @@ def unit_indices(units: Tensor, num_units: int, size: int) -> Tensor:
     return (units[:, None] * each + torch.arange(each)).flatten()
 
 
+def fit_columns(weight: Tensor, moment: Tensor, columns: Tensor) -> Tensor:
+    """Return the ``o x i'`` matrix of some columns fitted to the outputs of all.
+
+    Args:
+        weight: ``o x i``.
+        moment: ``i x i`` second moments of its inputs.
+        columns: ``i'`` that stay.
+    """
+    ridged = damped(moment, _DAMPING)
+    factor = torch.linalg.cholesky(ridged[columns][:, columns])
+    target = ridged[columns] @ weight.double().T  # (i', o)
+    return torch.cholesky_solve(target, factor).T.to(weight.dtype)
+
+
 @torch.no_grad()
 def elimination_order(weight: Tensor, moment: Tensor, num_units: int) -> Tensor:
     """Return the ``u`` units in the order in which they go.
@@ -154,7 +255,7 @@ def elimination_order(weight: Tensor, moment: Tensor, num_units: int) -> Tensor:
         num_units: u, a divisor of i.
     """
     w = weight.double().clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moment)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, _DAMPING)))
     left = torch.arange(num_units)
     at_once = -(-num_units // _MAX_ROUNDS)
     order: list[Tensor] = []
@@ -181,9 +282,3 @@ def _costs(w: Tensor, inverse: Tensor, units: Tensor, num_units: int) -> Tensor:
         for c in (unit_indices(u[None], num_units, w.shape[1]) for u in units)
     ]
     return torch.stack(list(costs))
-
-
-def _damped(moment: Tensor) -> Tensor:
-    moment = moment.double()
-    added = _DAMPING * float(moment.diagonal().mean()) or 1.0  # a part that is never active
-    return moment + added * torch.eye(len(moment), dtype=torch.float64)

@@ -54,8 +54,11 @@ def find_parts(
     items = {name: parameter.element_size() for name, parameter in model.named_parameters()}
     # Any: a configuration is of any family.
     config: Any = getattr(model, "config", None)
-    units = [_num_units(type(model).__name__, config, part, sites) for part in parts]
-    parts = [replace(part, num_units=count) for part, count in zip(parts, units, strict=True)]
+    units = [_units(type(model).__name__, config, part, sites) for part in parts]
+    parts = [
+        replace(part, num_units=count, head_size=size)
+        for part, (count, size) in zip(parts, units, strict=True)
+    ]
     return count_parts(parts, sites, model, items)
 
 
@@ -179,16 +182,17 @@ def _blocks_pass_on(
 
 
 # Any: a configuration is of any family.
-def _num_units(architecture: str, config: Any, part: Part, sites: Sequence[Site]) -> int:
-    """Return how many equal units a part has; 0 where it can't be narrowed."""
+def _units(architecture: str, config: Any, part: Part, sites: Sequence[Site]) -> tuple[int, int]:
+    """Return how many equal units a part has, 0 where it can't be narrowed, and its heads' size."""
     if architecture not in SHRUNK_NAMES:
-        return 0
+        return 0, 0
     own = [next(site for site in sites if site.path == path) for path in part.sites]
     rows = [site.num_rows for site in own[:-1]]
     columns = own[-1].num_columns
     if len(own) == 3 and set(rows) == {columns}:
-        return columns
+        return columns, 0
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     wanted = [heads * head_dim, groups * head_dim, groups * head_dim]
-    return int(groups) if rows == wanted and columns == wanted[0] else 0
+    fits = rows == wanted and columns == wanted[0]
+    return (int(groups), int(head_dim)) if fits else (0, 0)

@@ -1,7 +1,8 @@
 """Transformers models whose blocks differ in shape: Llama and Qwen2 with narrower and fewer parts.
 
 Attention, MLP, norm, rotary embedding and everything around the blocks are Transformers' own; here
-are only blocks in which a part may be missing, made of the sizes that the configuration gives.
+are only blocks in which a part may be missing, made of the sizes that the configuration gives, and
+matrices that hold fewer lines than attention's heads have.
 `unicuco` registers the classes as soon as the automatic classes are there, so that
 ``AutoModelForCausalLM.from_pretrained`` loads such a folder once ``unicuco`` is imported.
 
@@ -33,10 +34,12 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RMSNorm,
 )
 
-from unicuco.models.block_shapes import BlockShape
+from unicuco.models.block_shapes import BlockShape, held_lines
+from unicuco.models.held_lines import HeldColumns, HeldRows
 from unicuco.models.shrunk_config import (
     ShrunkLlamaConfig,
     ShrunkQwen2Config,
+    pairs_of,
     register_configs,
     shapes_of,
 )
@@ -51,7 +54,13 @@ class ShrunkBlock(GradientCheckpointingLayer):
     feed_forward: type[nn.Module]
     norm: type[nn.Module]
 
-    def __init__(self, config: PreTrainedConfig, shape: BlockShape, attention_index: int) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        shape: BlockShape,
+        pairs: tuple[tuple[int, ...], ...] | None,
+        attention_index: int,
+    ) -> None:
         super().__init__()
         own = copy.copy(config)
         if shape.has_attention:
@@ -59,6 +68,7 @@ class ShrunkBlock(GradientCheckpointingLayer):
             own.num_key_value_heads = shape.key_value_heads
             self.input_layernorm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
             self.self_attn = self.attention(own, attention_index)
+            _hold_lines(self.self_attn, shape, pairs)
             # One place says which attention kernel is used.
             object.__setattr__(self.self_attn, "config", config)
         if shape.has_mlp:
@@ -164,11 +174,36 @@ def _take_shapes(
     model.config = config
     blocks: list[nn.Module] = []
     attentions = 0
-    for shape in shapes_of(config):
-        blocks.append(kind(config, shape, attentions))
+    for shape, pairs in zip(shapes_of(config), pairs_of(config), strict=True):
+        blocks.append(kind(config, shape, pairs, attentions))
         attentions += shape.has_attention
     model.layers = nn.ModuleList(blocks)
     model.post_init()  # type: ignore[no-untyped-call]
+
+
+def _hold_lines(
+    attention: nn.Module, shape: BlockShape, pairs: tuple[tuple[int, ...], ...] | None
+) -> None:
+    """Replace the matrices of a dense attention that hold fewer lines than its heads have."""
+    size = attention.head_dim
+    assert isinstance(size, int)
+    lines = held_lines(shape, pairs, size)
+    for name, own in lines.items():
+        path = f"{name[0]}_proj"  # q, k, v, o
+        dense = attention.get_submodule(path)
+        assert isinstance(dense, nn.Linear)
+        bias = dense.bias is not None
+        if name == "output" and len(own) < dense.in_features:
+            held: nn.Module = HeldColumns(
+                len(own), dense.out_features, bias, lines=own, num_lines=dense.in_features
+            )
+        elif name != "output" and len(own) < dense.out_features:
+            held = HeldRows(
+                dense.in_features, len(own), bias, lines=own, num_lines=dense.out_features
+            )
+        else:
+            continue
+        setattr(attention, path, held)
 
 
 def _take_body(

@@ -1,8 +1,8 @@
 """Configurations of Llama- and Qwen2-shaped models whose blocks differ in shape.
 
 ``config.json`` is the dense model's with another ``model_type``, as many ``num_hidden_layers`` as
-there are blocks left, and ``block_shapes`` (`unicuco.models.block_shapes`). What this module does
-not know: the models themselves.
+there are blocks left, ``block_shapes`` and, where heads are narrower inside, ``rotary_pairs``
+(`unicuco.models.block_shapes`). What this module does not know: the models themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from unicuco.models.block_shapes import BlockShape, read_shapes
+from unicuco.models.block_shapes import BlockShape, read_pairs, read_shapes
 
 
 @strict
@@ -21,11 +21,12 @@ class ShrunkLlamaConfig(LlamaConfig):
 
     model_type = "shrunk_llama"
     block_shapes: list[dict[str, int]] | None = None
+    rotary_pairs: list[list[list[int]] | None] | None = None
 
     # Any: fields of every configuration.
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-        shapes_of(self)
+        pairs_of(self)
 
     @property
     def qkv_bias(self) -> bool:
@@ -39,6 +40,7 @@ class ShrunkQwen2Config(Qwen2Config):
 
     model_type = "shrunk_qwen2"
     block_shapes: list[dict[str, int]] | None = None
+    rotary_pairs: list[list[list[int]] | None] | None = None
     head_dim: int | None = None
 
     # Any: fields of every configuration.
@@ -48,7 +50,7 @@ class ShrunkQwen2Config(Qwen2Config):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if set(self.layer_types or ()) > {"full_attention"}:
             raise ValueError("blocks of different shapes know full attention only")
-        shapes_of(self)
+        pairs_of(self)
 
     @property
     def qkv_bias(self) -> bool:
@@ -74,6 +76,15 @@ def shapes_of(config: PreTrainedConfig) -> tuple[BlockShape, ...]:
     if config.block_shapes is None:
         return (plain,) * blocks
     return read_shapes(config.block_shapes, blocks)
+
+
+def pairs_of(config: PreTrainedConfig) -> tuple[tuple[tuple[int, ...], ...] | None, ...]:
+    """Return every block's rotary pairs by key and value head, or none where all are held.
+
+    Raises:
+        ValueError: ``rotary_pairs`` or sizes of heads don't fit the blocks.
+    """
+    return read_pairs(config.rotary_pairs, shapes_of(config), int(config.head_dim))
 
 
 def register_configs() -> None:

@@ -214,11 +214,16 @@ def _prepare(
         levels.check_room()
     ranks = _ranks(options, folder, dense, texts, costs, progress)
     fisher = _fisher(options, folder, dense, texts, ranks, costs, progress)
+    inside_heads = "low_rank" in options.dimensions
     units = units_of(
         options,
         folder,
         lambda: _counted(
-            lambda: build_units(loaded, texts.calibration), "units", 1.0, texts, costs
+            lambda: build_units(loaded, texts.calibration, inside_heads=inside_heads),
+            "units",
+            1.0 + inside_heads,
+            texts,
+            costs,
         ),
         progress,
     )

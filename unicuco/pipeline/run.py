@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from unicuco.dimensions import Granularity, build_space
+from unicuco.dimensions import Granularity, any_narrows, build_space
 from unicuco.errors import ModelError, RunError, UnicucoError
 from unicuco.files import file_digest
 from unicuco.importance.hessian import FACTORS
@@ -160,7 +160,7 @@ class Run:
     @cached_property
     def units(self) -> UnitStore | None:
         """Which units of a part stay, where parts are narrowed; none: they aren't."""
-        if "width" not in self.manifest["options"]["dimensions"]:
+        if not any_narrows(self.manifest["options"]["dimensions"]):
             return None
         return UnitStore.from_tensors(load_tensors(self.folder / UNITS))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unicuco.dimensions import Granularity, build_space
+from unicuco.dimensions import Granularity, any_narrows, build_space
 from unicuco.export.shrunk import ShrinkPlan
 from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS, UnitStore
@@ -48,7 +48,7 @@ def units_of(
         build: makes them; counted by the caller.
         progress: told of the stage.
     """
-    if "width" not in options.dimensions:
+    if not any_narrows(options.dimensions):
         return None
     path = folder / UNITS
     if options.resume and path.is_file():

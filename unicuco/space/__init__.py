@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unicuco.space.axis import Axis, CostModel, Shape
+from unicuco.space.axis import Axis, CostModel, Narrowing, Shape
 from unicuco.space.strategy_space import StrategySpace
 
-__all__ = ["Axis", "CostModel", "Shape", "StrategySpace"]
+__all__ = ["Axis", "CostModel", "Narrowing", "Shape", "StrategySpace"]

@@ -44,15 +44,38 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """What is left of a model: parts that are gone, units that others lost, weights that are zero.
+class Narrowing:
+    """What a part loses of its width.
 
-    ``parts`` are positions among the cost model's; ``units`` are (part, units lost) of others;
+    ``units`` are whole ones; of every head that stays, ``pairs`` are rotary pairs of coordinates of
+    its queries and keys, ``ranks`` coordinates of its values.
+    """
+
+    units: int = 0
+    pairs: int = 0
+    ranks: int = 0
+
+    def __add__(self, other: Narrowing) -> Narrowing:
+        return Narrowing(
+            units=self.units + other.units,
+            pairs=self.pairs + other.pairs,
+            ranks=self.ranks + other.ranks,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.units or self.pairs or self.ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What is left of a model: parts that are gone, what others lost, weights that are zero.
+
+    ``parts`` are positions among the cost model's; ``narrowed`` are (part, what it lost) of others;
     ``sizes`` the weights of every site that are still stored, ``zeroed`` those of them set to zero.
     """
 
     parts: frozenset[int]
-    units: tuple[tuple[int, int], ...]
+    narrowed: tuple[tuple[int, Narrowing], ...]
     sizes: tuple[int, ...]
     zeroed: tuple[int, ...]
 

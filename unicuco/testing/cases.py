@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unicuco.allocate import AllocationContext, AxisCurves, Evidence, TextPart
 from unicuco.calibration import TokenSet, collect_input_norms
-from unicuco.dimensions import Granularity, build_space
+from unicuco.dimensions import Granularity, any_narrows, build_space
 from unicuco.evaluate import EvaluatorConfig, LocalEvaluator, dense_reference
 from unicuco.evaluate.arrays import Arrays, pack_model, pack_text
 from unicuco.importance import METRICS
@@ -121,7 +121,9 @@ def make_evaluation_case(
         weights=weight_source(loaded.folder),
     )
     text = pack_text(tokens.ids, dense_reference(loaded.model, tokens.ids))
-    units = build_units(loaded, calibration) if "width" in dimensions else None
+    units = None
+    if any_narrows(dimensions):
+        units = build_units(loaded, calibration, inside_heads="low_rank" in dimensions)
     return EvaluationCase(
         loaded=loaded,
         tokens=tokens,

@@ -24,9 +24,11 @@ class DimensionContract:
     """What every entry of `DIMENSIONS` satisfies; subclasses set ``dimension``.
 
     ``families`` are those of `FAMILIES` that the dimension has axes for; others it refuses.
+    ``profile`` is one that it has axes for.
     """
 
     dimension: ClassVar[Dimension]
+    profile: ClassVar[ModelProfile] = _PROFILE
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
 
     @pytest.fixture(params=list(Granularity), ids=str)
@@ -41,7 +43,7 @@ class DimensionContract:
         assert self.dimension.must_follow <= DIMENSIONS.keys() - {self.dimension.name}
 
     def test_names_its_axes_after_itself(self, granularity: Granularity) -> None:
-        names = [axis.name for axis in self.dimension.axes(_PROFILE, granularity)]
+        names = [axis.name for axis in self.dimension.axes(self.profile, granularity)]
         assert names
         assert len(set(names)) == len(names)
         assert all(name.startswith(f"{self.dimension.name}/") for name in names)
@@ -50,8 +52,8 @@ class DimensionContract:
         cost = self._cost(granularity)
         zeros = torch.zeros(1, self._num_axes(granularity), dtype=torch.float64)
         values = zeros[0].tolist()
-        assert cost.kept_params(values) == _PROFILE.total_params
-        assert cost.num_bytes(values) == _PROFILE.total_bytes
+        assert cost.kept_params(values) == self.profile.total_params
+        assert cost.num_bytes(values) == self.profile.total_bytes
         assert set(cost.site_drops(values).values()) == {0}
         assert float(cost.size(zeros)[0]) == cost.size_of(values) == cost.total_size
 
@@ -64,7 +66,7 @@ class DimensionContract:
 
     def test_cost_never_rises_along_an_axis(self, granularity: Granularity) -> None:
         cost = self._cost(granularity)
-        axes = self.dimension.axes(_PROFILE, granularity)
+        axes = self.dimension.axes(self.profile, granularity)
         for row in self._points(granularity):
             for index, axis in enumerate(axes):
                 steps = sorted({int(axis.max_step * share / 8) for share in range(9)})
@@ -81,9 +83,10 @@ class DimensionContract:
 
     def test_no_site_loses_more_than_it_has(self, granularity: Granularity) -> None:
         cost = self._cost(granularity)
-        weights = {site.path: site.num_weights for site in _PROFILE.sites}
+        weights = {site.path: site.num_weights for site in self.profile.sites}
         ends = [
-            axis.max_step / axis.num_steps for axis in self.dimension.axes(_PROFILE, granularity)
+            axis.max_step / axis.num_steps
+            for axis in self.dimension.axes(self.profile, granularity)
         ]
         for values in [*(row.tolist() for row in self._points(granularity)), ends]:
             drops = cost.site_drops(values)
@@ -113,14 +116,14 @@ class DimensionContract:
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
     def _cost(self, granularity: Granularity) -> ProductCost:
-        return build_cost(_PROFILE, [self.dimension.name], granularity)
+        return build_cost(self.profile, [self.dimension.name], granularity)
 
     def _num_axes(self, granularity: Granularity) -> int:
-        return len(self.dimension.axes(_PROFILE, granularity))
+        return len(self.dimension.axes(self.profile, granularity))
 
     def _points(self, granularity: Granularity) -> Tensor:
         """Return settings on the grid."""
-        axes = self.dimension.axes(_PROFILE, granularity)
+        axes = self.dimension.axes(self.profile, granularity)
         generator = torch.Generator().manual_seed(4)
         share = torch.rand(_SETTINGS, len(axes), generator=generator, dtype=torch.float64)
         steps = torch.tensor([axis.num_steps for axis in axes], dtype=torch.float64)

@@ -19,6 +19,7 @@ from unicuco.dimensions import (
 )
 from unicuco.dimensions.depth import Depth
 from unicuco.dimensions.kv_bits import KvBits
+from unicuco.dimensions.low_rank import LowRank
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY, Sparsity
 from unicuco.dimensions.weight_bits import WeightBits
 from unicuco.dimensions.width import Width
@@ -45,6 +46,12 @@ class TestWidth(DimensionContract):
     families = frozenset({"llama", "qwen2"})
 
 
+class TestLowRank(DimensionContract):
+    dimension = LowRank()
+    families = frozenset({"llama", "qwen2"})
+    profile = build_tiny("qwen2")[1]
+
+
 class TestWeightBits(DimensionContract):
     dimension = WeightBits()
     families = frozenset(FAMILIES) - {"gpt2"}
@@ -55,7 +62,7 @@ class TestKvBits(DimensionContract):
 
 
 def test_every_dimension_has_a_contract_test() -> None:
-    kinds = (TestSparsity, TestDepth, TestWidth, TestWeightBits, TestKvBits)
+    kinds = (TestSparsity, TestDepth, TestWidth, TestLowRank, TestWeightBits, TestKvBits)
     tested = {kind.dimension.name for kind in kinds}
     assert set(DIMENSIONS) == tested
     assert all(name == dimension.name for name, dimension in DIMENSIONS.items())
@@ -226,6 +233,29 @@ def test_dimensions_meet_as_a_product() -> None:
     half = cost.kept(torch.tensor([[*sparsity, 0.0, 0.0, 0.5, 0.5, 0.0]], dtype=torch.float64))
     block = PROFILE.block_params[1] - 1250 - 900  # what is left of it
     assert float(half[0]) == pytest.approx(cost.kept_params([*sparsity, *[0] * 5]) - block / 2)
+
+
+def test_units_and_what_is_inside_heads_meet_as_a_product_with_their_biases() -> None:
+    _, profile = build_tiny("qwen2")  # 4 query heads of 4 coordinates in 2 groups, hidden 16
+    cost = build_cost(profile, ("width", "low_rank"), Granularity.LAYER)
+    space = build_space(profile, ("width", "low_rank"), Granularity.LAYER)
+    names = [f"{kind}/model.layers.1.self_attn{end}" for kind, end in (
+        ("width", ""), ("low_rank", ".pairs"), ("low_rank", ".ranks")
+    )]  # fmt: skip
+    settings = dict(zip(names, (0.5, 0.5, 0.25), strict=True))
+    values = [settings.get(name, 0.0) for name in space.names]
+    before = 16 * 16 + 16 + 2 * (8 * 16 + 8) + 16 * 16
+    # Of one group: two query heads of one pair, a key of one pair, values of three coordinates.
+    after = (4 * 16 + 4) + (2 * 16 + 2) + (3 * 16 + 3) + 16 * 6
+    assert cost.kept_params(values) == profile.total_params - before + after
+    assert cost.num_bytes(values) == profile.total_bytes - 4 * (before - after)
+    relaxed = cost.kept(torch.tensor([values], dtype=torch.float64))
+    assert float(relaxed[0]) == pytest.approx(cost.kept_params(values), abs=1e-6)
+
+
+def test_low_rank_is_not_learned_with_masks() -> None:
+    with pytest.raises(RequestError, match="low_rank and sparsity are not learned together"):
+        build_space(build_tiny("llama")[1], ("sparsity", "low_rank"))
 
 
 @pytest.mark.parametrize("dimensions", [(), ("sparsity", "sparsity"), ("sparcity",)])

@@ -82,6 +82,48 @@ def test_a_shrunk_folder_predicts_what_was_judged_and_is_as_small_as_was_said(
     assert config["model_type"].startswith("shrunk_") != is_plain
 
 
+INSIDE_HEADS: dict[str, dict[str, float]] = {
+    "pairs": {f"low_rank/{ATTENTION.format(1)}.pairs": 0.5},
+    "ranks": {f"low_rank/{ATTENTION.format(0)}.ranks": 0.5},
+    "all": {
+        f"depth/{ATTENTION.format(0)}": 1,
+        f"width/{ATTENTION.format(1)}": 0.5,
+        f"width/{MLP.format(1)}": 0.5,
+        f"low_rank/{ATTENTION.format(1)}.pairs": 0.5,
+        f"low_rank/{ATTENTION.format(1)}.ranks": 0.25,
+        f"low_rank/{ATTENTION.format(2)}.ranks": 0.75,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def narrow_case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> EvaluationCase:
+    folder = tmp_path_factory.mktemp("inside") / request.param
+    base = tiny_model_folder(folder, request.param, num_blocks=3, tied=True)
+    return make_evaluation_case(base, dimensions=("depth", "width", "low_rank"))
+
+
+@pytest.mark.parametrize("kind", INSIDE_HEADS)
+def test_heads_that_are_narrower_inside_predict_and_generate_what_was_judged(
+    narrow_case: EvaluationCase, kind: str, tmp_path: Path
+) -> None:
+    strategy = write_shrunk_case(narrow_case, INSIDE_HEADS[kind], tmp_path / "out")
+    judged = narrow_case.evaluator().model_at(strategy)
+    loaded, ids, cost = load_model(tmp_path / "out"), narrow_case.tokens.ids, narrow_case.space.cost
+    torch.testing.assert_close(logits(loaded.model, ids), logits(judged, ids), rtol=0, atol=2e-4)
+    assert loaded.profile.total_params == cost.kept_params(strategy.values)
+    assert stored_bytes(tmp_path / "out") == cost.num_bytes(strategy.values)
+    cached = loaded.model.generate(
+        ids[:1, :8], max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    plain = ids[:1, :8]
+    for _ in range(6):
+        plain = torch.cat([plain, logits(judged, plain)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, plain)
+
+
 def stored_bytes(folder: Path) -> int:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118

@@ -14,6 +14,7 @@ from unicuco.importance.units import (
     unit_indices,
 )
 from unicuco.models import load_model, read_site
+from unicuco.space import Narrowing
 from unicuco.testing.cases import random_tokens
 from unicuco.testing.tiny import tiny_model_folder
 from unicuco.types import Part
@@ -98,7 +99,9 @@ def test_a_model_s_units_travel_by_name_and_keep_groups_of_heads_together(tmp_pa
     for part in loaded.profile.parts:
         weights = {s.path: s for s in loaded.profile.sites if s.path in part.sites}
         for path, site in weights.items():
-            rows, columns, narrowed = store.narrowed(part, 1, site, read_site(loaded.model, site))
+            rows, columns, narrowed = store.narrowed(
+                part, Narrowing(units=1), site, read_site(loaded.model, site)
+            )
             lines, size = (columns, site.num_columns) if rows is None else (rows, site.num_rows)
             assert lines is not None
             each = size // part.num_units
