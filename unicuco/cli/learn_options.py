@@ -45,7 +45,7 @@ class LearnChoices:
         str,
         typer.Option(
             "--dimensions",
-            help="sparsity, weight_bits and kv_bits, or sparsity, depth and width; commas between.",
+            help="sparsity, weight_bits, kv_bits; or depth, width and one of sparsity, low_rank.",
             rich_help_panel=_METHOD,
         ),
     ] = "sparsity"

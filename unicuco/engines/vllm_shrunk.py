@@ -71,8 +71,8 @@ class NarrowAttention(LlamaAttention):  # type: ignore[misc]
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(sizes, dim=-1)
         if self._spread_pairs:
-            q = q.new_zeros(len(q), self.q_size).index_copy(-1, self.query_lines, q)
-            k = k.new_zeros(len(k), self.kv_size).index_copy(-1, self.key_lines, k)
+            q = q.new_zeros(q.shape[0], self.q_size).index_copy(-1, self.query_lines, q)
+            k = k.new_zeros(k.shape[0], self.kv_size).index_copy(-1, self.key_lines, k)
         missing = self.head_dim - ranks
         v = pad(v.reshape(-1, self.num_kv_heads, ranks), (0, missing)).flatten(1)
         q, k = self.rotary_emb(positions, q, k)

@@ -36,8 +36,15 @@ KINDS: dict[str, dict[str, float]] = {
         "sparsity/model.layers.2.mlp.up_proj": 0.5,
     },
 }
-# Every kind of Llama, and of Qwen2 the one that has them all.
-CASES = [*(("llama", kind) for kind in KINDS), ("qwen2", "mixed")]
+INSIDE_HEADS = {
+    f"depth/{ATTENTION.format(0)}": 1,
+    f"width/{ATTENTION.format(1)}": 0.5,
+    f"low_rank/{ATTENTION.format(1)}.pairs": 0.5,
+    f"low_rank/{ATTENTION.format(1)}.ranks": 0.25,
+    f"low_rank/{ATTENTION.format(2)}.ranks": 0.5,
+}
+# Every kind of Llama, and of Qwen2, whose queries, keys and values have biases, those that have all.
+CASES = [*(("llama", kind) for kind in KINDS), ("qwen2", "mixed"), ("qwen2", "inside heads")]
 
 
 def entry_points() -> dict[str, str]:
@@ -66,11 +73,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
         base = tiny_model_folder(  # vLLM's CPU attention knows head sizes from 32 on
             root / family, family, num_blocks=3, hidden_size=128, context=128, tied=True
         )
-        case = make_evaluation_case(base, dimensions=("sparsity", "depth", "width"))
+        masked = make_evaluation_case(base, dimensions=("sparsity", "depth", "width"))
         for name, kind in CASES:
             if name == family:
+                case, settings = masked, KINDS.get(kind, INSIDE_HEADS)
+                if kind not in KINDS:
+                    case = make_evaluation_case(base, dimensions=("depth", "width", "low_rank"))
                 written[name, kind] = root / f"{family}-{kind.replace(' ', '-')}"
-                write_shrunk_case(case, KINDS[kind], written[name, kind])
+                write_shrunk_case(case, settings, written[name, kind])
     return written
 
 

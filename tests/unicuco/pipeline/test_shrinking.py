@@ -80,6 +80,19 @@ def test_what_is_cut_is_what_was_planned(run: Run, model: Path, tmp_path: Path) 
     assert report.kl > 0
 
 
+def test_what_is_inside_heads_is_learned_with_units_and_parts(
+    model: Path, tiny_text_file: Path, tmp_path: Path
+) -> None:
+    dimensions = ("depth", "width", "low_rank")
+    learned(model, tiny_text_file, tmp_path / "run", dimensions=dimensions, evaluations=12)
+    run = Run.open(tmp_path / "run")  # units and the heads' size come from its files
+    answer = prune(run, Request.from_dict({"sparsity": 0.45}), tmp_path / "out")
+    assert answer.sparsity >= 0.45
+    assert any(v for n, v in answer.strategy.settings if n.startswith("low_rank/"))
+    report = evaluate_variant(tmp_path / "out", reference=str(model), tokens=512)
+    assert report.sparsity == answer.sparsity
+
+
 def test_depth_alone_is_learned_and_never_exceeds_a_budget(
     model: Path, tiny_text_file: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +112,7 @@ def test_depth_alone_is_learned_and_never_exceeds_a_budget(
     [
         ("gpt2", {"dimensions": ("depth",)}, VariantError, "granularity block"),
         ("gpt2", {"dimensions": ("width",)}, RequestError, "can't be narrowed"),
+        ("gpt2", {"dimensions": ("low_rank",)}, RequestError, "heads of GPT2LMHeadModel can't be"),
         (
             "gpt_neo",
             {"dimensions": ("depth",), "granularity": "block"},
