@@ -43,7 +43,7 @@ INSIDE_HEADS = {
     f"low_rank/{ATTENTION.format(1)}.ranks": 0.25,
     f"low_rank/{ATTENTION.format(2)}.ranks": 0.5,
 }
-# Every kind of Llama, and of Qwen2, whose queries, keys and values have biases, those that have all.
+# Every kind of Llama; of Qwen2, which has biases, what has them all.
 CASES = [*(("llama", kind) for kind in KINDS), ("qwen2", "mixed"), ("qwen2", "inside heads")]
 
 
