@@ -103,7 +103,7 @@ def _block_shapes(
             continue
         less, own = lost.get(p, Narrowing()), sizes[part.block]
         units = part.num_units - less.units
-        if not part.head_size:
+        if len(part.sites) == 3:  # gate, up, down; attention has four matrices
             own["intermediate_size"] = units
             continue
         heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
