@@ -11,7 +11,7 @@ Parts:
   of a whole run for each request; with blocks, all patterns are enumerated too;
 - ``modegpt``: a part of ``quality`` that takes minutes: MoDeGPT's modules with its allocation or
   the same share everywhere, and one module alone (then shares are of that module), against plain
-  slicing of as much and against our order of channels.
+  slicing of as much and against our orders of channels and pairs.
 
 ``python -m benchmarks.shrink [speed] [quality] [modegpt] [--seeds 1]``; results go to
 ``benchmarks/results/shrink-PART.json``.
@@ -305,9 +305,9 @@ def modegpt_methods(rows: Rows, seed: int, scratch: Path) -> None:
     loaded, units = judge.prepared.loaded, judge.prepared.units
     assert units is not None, "of narrowing dimensions"
     tests = {
-        "modegpt": judge.test_with(modegpt_units(loaded.profile, units)),
+        "modegpt": judge.test_with(modegpt_units(loaded, judge.prepared.texts.calibration, units)),
         "slicing": judge.test_with(sliced_units(loaded)),
-        "our channels": judge.test_with(units),
+        "ours": judge.test_with(units),
     }
     shares = {"its allocation": MoDeGpt(judge.evidence())}
     shares["alike"] = MoDeGpt(judge.evidence(), math.inf)

@@ -11,27 +11,30 @@ import torch
 from torch import Tensor
 
 from unicuco.importance.modegpt import leverage_order
-from unicuco.importance.units import UnitStore
+from unicuco.importance.units import UnitStore, order_inside_heads
 from unicuco.models import read_site
-from unicuco.types import ModelProfile, Part
+from unicuco.types import Part
 
 if TYPE_CHECKING:
+    from unicuco.calibration import TokenSet
     from unicuco.models import LoadedModel
 
 
-def modegpt_units(profile: ModelProfile, units: UnitStore) -> UnitStore:
-    """Return units with channels in MoDeGPT's order; its other two modules are in them already.
+def modegpt_units(loaded: LoadedModel, tokens: TokenSet, units: UnitStore) -> UnitStore:
+    """Return units with channels and pairs in MoDeGPT's orders.
 
     Args:
-        profile: of the model.
-        units: of its parts, with what is inside heads.
+        loaded: the dense model.
+        tokens: the calibration text.
+        units: of its parts, of the same text.
     """
     channels = {
         part.path: leverage_order(units.moments[part.path])
-        for part in profile.parts
+        for part in loaded.profile.parts
         if part.num_units and not part.head_size
     }
-    return UnitStore({**units.orders, **channels}, units.moments, units.pairs, units.bases)
+    inside = order_inside_heads(loaded, tokens, published=True)
+    return UnitStore({**units.orders, **channels}, units.moments, *inside)
 
 
 def sliced_units(loaded: LoadedModel) -> UnitStore:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from unicuco.importance.hessian import collect_hessians
-from unicuco.importance.modegpt import damped, pair_order, value_bases
+from unicuco.importance.modegpt import damped, pair_order, stillness, value_bases
 from unicuco.models import read_site, site_module
 from unicuco.space import Narrowing
 from unicuco.types import ModelProfile, Part, Site
@@ -189,14 +189,20 @@ def build_units(loaded: LoadedModel, tokens: TokenSet, *, inside_heads: bool = F
             weight = read_site(loaded.model, by_path[last[part.path]])
             orders[part.path] = elimination_order(weight, moment, part.num_units)
             moments[part.path] = moment
-    inside = _order_inside_heads(loaded, tokens) if inside_heads else ({}, {})
+    inside = order_inside_heads(loaded, tokens) if inside_heads else ({}, {})
     return UnitStore(orders, moments, *inside)
 
 
-def _order_inside_heads(
-    loaded: LoadedModel, tokens: TokenSet
+def order_inside_heads(
+    loaded: LoadedModel, tokens: TokenSet, *, published: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the pairs and the bases of every attention (`UnitStore`)."""
+    """Return the pairs and the bases of every attention (`UnitStore`).
+
+    Args:
+        loaded: the dense model.
+        tokens: the text.
+        published: order pairs as MoDeGPT does, whatever keys have in common.
+    """
     by_path = {site.path: site for site in loaded.profile.sites}
     attentions = [part for part in loaded.profile.parts if part.head_size]
     first = [by_path[part.sites[0]] for part in attentions]  # all three read the same
@@ -207,9 +213,20 @@ def _order_inside_heads(
         moment = hessians.pop(part.sites[0]) / 2
         query, key, value = (_with_bias(loaded, by_path[path]) for path in part.sites[:3])
         output = read_site(loaded.model, by_path[part.sites[3]])
-        pairs[part.path] = pair_order(query, key, moment, part.num_units)
+        turns = None if published else _stillness(loaded, part, tokens.context)
+        pairs[part.path] = pair_order(query, key, moment, part.num_units, still=turns)
         bases[part.path] = value_bases(value, output, moment, part.num_units)
     return pairs, bases
+
+
+def _stillness(loaded: LoadedModel, part: Part, context: int) -> Tensor:
+    """Return what of a constant key rotary embedding leaves constant, by the model's own turns."""
+    frequencies = next(
+        buffer
+        for name, buffer in loaded.model.named_buffers()
+        if name.endswith("inv_freq") and len(buffer) == part.head_size // 2
+    )
+    return stillness(frequencies, context)
 
 
 def _with_bias(loaded: LoadedModel, site: Site) -> Tensor:

@@ -11,7 +11,13 @@ from torch import Tensor
 from unicuco.calibration import token_windows
 from unicuco.evaluate import LocalEvaluator
 from unicuco.evaluate.arrays import pack_model
-from unicuco.importance.modegpt import LEVERAGE_RIDGE, leverage_order, pair_order, value_bases
+from unicuco.importance.modegpt import (
+    LEVERAGE_RIDGE,
+    leverage_order,
+    pair_order,
+    stillness,
+    value_bases,
+)
 from unicuco.importance.unit_rivals import modegpt_units, sliced_units
 from unicuco.importance.units import UnitStore, fit_columns
 from unicuco.models import load_tokenizer
@@ -110,6 +116,29 @@ def test_scores_of_the_pairs_that_stay_are_nearer_than_those_of_the_largest_weig
     assert errors[-1][0] < 0.9 * errors[-1][1]
 
 
+def test_what_all_keys_have_in_common_is_not_counted(inputs: Tensor, moment: Tensor) -> None:
+    query, key = drawn(GROUPS * HEADS * SIZE, 13, seed=3), drawn(GROUPS * SIZE, 13, seed=4)
+    frequencies = torch.tensor([1.0, 0.1, 0.01, 0.0])
+    still = stillness(frequencies, 100)
+    key[:, -1] = 1e4  # a bias
+    order = pair_order(query, key, moment, GROUPS, still=still)
+    q = (inputs @ query.T).view(TOKENS, -1, SIZE)
+    mean, around = (key @ moment[:, -1]), inputs - inputs.mean(0)
+    for group in range(GROUPS):
+        scores = []
+        for p in range(SIZE // 2):
+            lines = [p, p + SIZE // 2]
+            norm = q[:, group * HEADS : (group + 1) * HEADS][..., lines].square().sum()
+            own = (around @ key[[group * SIZE + line for line in lines]].T).square().mean(0).sum()
+            constant = mean[[group * SIZE + line for line in lines]]
+            turning = turned(
+                torch.cat([constant[:1], constant[1:]]).expand(100, 1, 2),
+                torch.arange(100.0).double()[:, None] * frequencies[p],
+            )
+            scores.append(float(norm * (own + turning.var(0, correction=0).sum())))
+        assert order[group].tolist() == sorted(range(SIZE // 2), key=scores.__getitem__)
+
+
 # --- SVD ----------------------------------------------------------------------------------------
 
 
@@ -169,13 +198,15 @@ def kl(case: EvaluationCase, units: UnitStore, settings: Callable[[str], float])
 @pytest.mark.parametrize("module", [".ranks", ".mlp"])
 def test_modules_are_better_than_slicing_as_much(trained: EvaluationCase, module: str) -> None:
     assert trained.units is not None
+    published = modegpt_units(trained.loaded, trained.calibration, trained.units)
     for share in (0.25, 0.5):
 
         def settings(name: str, share: float = share) -> float:
             return share * name.endswith(module)
 
-        ours = kl(trained, modegpt_units(trained.loaded.profile, trained.units), settings)
-        assert 0 < ours < kl(trained, sliced_units(trained.loaded), settings)
+        sliced = kl(trained, sliced_units(trained.loaded), settings)
+        for units in (trained.units, published):
+            assert 0 < kl(trained, units, settings) < sliced
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
