@@ -11,10 +11,12 @@ Parts:
   of a whole run for each request; with blocks, all patterns are enumerated too;
 - ``modegpt``: a part of ``quality`` that takes minutes: MoDeGPT's modules with its allocation or
   the same share everywhere, and one module alone (then shares are of that module), against plain
-  slicing of as much and against our orders of channels and pairs.
+  slicing of as much and against our orders of channels and pairs;
+- ``latency``: time per token of random strategies, predicted and measured, both relative to dense
+  (`benchmarks.shrink_latency`).
 
-``python -m benchmarks.shrink [speed] [quality] [modegpt] [--seeds 1]``; results go to
-``benchmarks/results/shrink-PART.json``.
+``python -m benchmarks.shrink [speed] [quality] [modegpt] [latency] [--seeds 1] [--strategies 20]``;
+results go to ``benchmarks/results/shrink-PART.json``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import save, table
+from benchmarks.shrink_latency import measure_latency
 from unicuco.allocate import AxisCurves
 from unicuco.allocate.depth import DEPTH_SCORES, DepthAllocator, DepthEvidence, WindowAllocator
 from unicuco.allocate.modegpt import MoDeGpt
@@ -68,14 +71,20 @@ ROUNDS = 3
 # --- speed ---------------------------------------------------------------------------------------
 
 
-def write_pair(folder: Path, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Write a dense model and one of half its block parameters; return what is ideal."""
+def dense_fields(shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return the configuration of a dense model."""
     hidden, blocks, heads, groups, channels, vocabulary = shape
-    common = {
+    return {
         "hidden_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": heads,
         "num_key_value_heads": groups, "intermediate_size": channels, "vocab_size": vocabulary,
         "max_position_embeddings": 1024, "head_dim": hidden // heads, "tie_word_embeddings": True,
     }  # fmt: skip
+
+
+def write_pair(folder: Path, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Write a dense model and one of half its block parameters; return what is ideal."""
+    hidden, blocks, heads, groups, channels, vocabulary = shape
+    common = dense_fields(shape)
     shapes = [
         {
             "attention_heads": heads // groups * kept,
@@ -340,12 +349,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="speed, quality (all if none), modegpt"
+        "parts", nargs="*", metavar="PART", help="speed, quality, latency (all if none), modegpt"
     )
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--strategies", type=int, default=20, help="of the part latency")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    parts = options.parts or ["speed", "quality"]
+    parts = options.parts or ["speed", "quality", "latency"]
     if "speed" in parts:
         measure_speed()
     if "quality" in parts:
@@ -353,6 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_quality("quality", options.seeds, every)
     elif "modegpt" in parts:
         measure_quality("modegpt", 1, (modegpt_methods,))
+    for name in SHAPES if "latency" in parts else ():
+        config = AutoConfig.for_model("llama", **dense_fields(SHAPES[name]))
+        measure_latency(name, config, options.strategies)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ _TARGET_SCHEMAS: Final[dict[str, dict[str, object]]] = {
     Target.MAX_TOTAL_BYTES: {"type": "integer", "minimum": 1},
     Target.MAX_PACKED_BYTES: {"type": "integer", "minimum": 1},
     Target.MAX_KL: {"type": "number", "minimum": 0},
+    Target.MAX_LATENCY_MS: {"type": "number", "exclusiveMinimum": 0},
     Target.PREFERENCE: {"type": "number", "minimum": 0, "maximum": 1},
 }
 _REQUEST_SCHEMA: Final[dict[str, object]] = {
@@ -34,7 +35,8 @@ _REQUEST_SCHEMA: Final[dict[str, object]] = {
         },
         "batch": {
             "type": "integer",
-            "description": "With max_total_bytes: sequences that are cached at a time.",
+            "description": "Sequences at a time: cached with max_total_bytes, or decoded with "
+            "max_latency_ms.",
             "minimum": 1,
         },
         "task_weights": {

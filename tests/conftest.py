@@ -83,6 +83,29 @@ def tiny_bits_run(
 
 
 @pytest.fixture(scope="session")
+def shape_run(tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of parts that go, are narrowed, lose weights. Read it, never write into it.
+
+    Its base model, a tiny Llama of 3 blocks, lies beside it.
+    """
+    from unicuco.pipeline import LearnOptions, LocalBackend, learn
+    from unicuco.testing import tiny_model_folder
+
+    folder = tmp_path_factory.mktemp("shapes")
+    model = tiny_model_folder(folder / "model", "llama", num_blocks=3, tied=True)
+    options = LearnOptions(
+        model=str(model),
+        out=folder / "run",
+        calibration=tiny_text_file,
+        tokens=256,
+        dimensions=("depth", "width", "sparsity"),
+        evaluations=18,
+    )
+    learn(options, backend=LocalBackend(), progress=lambda step: None)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain UTF-8 text of about 20,000 bytes."""
     path = tmp_path_factory.mktemp("texts") / "text.txt"

@@ -28,6 +28,7 @@ class Target(StrEnum):
     MAX_TOTAL_BYTES = "max_total_bytes"
     MAX_PACKED_BYTES = "max_packed_bytes"
     MAX_KL = "max_kl"
+    MAX_LATENCY_MS = "max_latency_ms"
     PREFERENCE = "preference"
 
 
@@ -39,8 +40,11 @@ class ServedAs(StrEnum):
     QUANTISED = "quantised"
 
 
-_LATER: Final = ("max_latency_ms",)
 _QUALIFIERS: Final = ("served_as", "task_weights", "context", "batch")
+_COUNTED_BY: Final = {  # qualifier -> the targets that it goes with
+    "context": (Target.MAX_TOTAL_BYTES,),
+    "batch": (Target.MAX_TOTAL_BYTES, Target.MAX_LATENCY_MS),
+}
 _WEIGHT_SLACK: Final = 1e-6  # of the sum of task weights: what decimals on paper add up to
 _WHOLE: Final = (
     Target.MAX_PARAMS,
@@ -55,10 +59,12 @@ class Request:
     """What a user asks: one target, its value, and how the variant may be served (none: any way).
 
     Ranges: sparsity in [0, 1); max_params and all bytes whole numbers > 0; max_kl in nats per
-    token, >= 0; preference in [0, 1], 0 = quality only, 1 = size only. ``task_weights``, pairs of a
-    task's name and its weight >= 0 with sum 1, say what KL means: the weighted one (none: all of
-    the run's tasks equally). ``context`` tokens (none: the model's) of ``batch`` sequences (none:
-    one) are those whose keys and values max_total_bytes counts.
+    token, >= 0; max_latency_ms in milliseconds per token while decoding, > 0; preference in [0, 1],
+    0 = quality only, 1 = size only. ``task_weights``, pairs of a task's name and its weight >= 0
+    with sum 1, say what KL means: the weighted one (none: all of the run's tasks equally).
+    ``context`` tokens (none: the model's) of ``batch`` sequences (none: one) are those whose keys
+    and values max_total_bytes counts. With max_latency_ms, ``batch`` sequences are decoded at a
+    time (none: the fewest that were measured).
 
     Raises:
         RequestError: the value lies outside its range.
@@ -75,8 +81,9 @@ class Request:
         for qualifier, given in (("context", self.context), ("batch", self.batch)):
             if given is None:
                 continue
-            if self.target is not Target.MAX_TOTAL_BYTES:
-                raise RequestError(f"{qualifier} goes with max_total_bytes, not with {self.target}")
+            if self.target not in _COUNTED_BY[qualifier]:
+                targets = " or ".join(_COUNTED_BY[qualifier])
+                raise RequestError(f"{qualifier} goes with {targets}, not with {self.target}")
             if given < 1:
                 raise RequestError(f"{qualifier} must be a whole number above 0, got {given}")
         if self.task_weights is not None:
@@ -91,6 +98,8 @@ class Request:
             raise RequestError(f"preference must be in [0, 1], got {v:g}")
         if self.target is Target.MAX_KL and v < 0:
             raise RequestError(f"max_kl must be at least 0 nats per token, got {v:g}")
+        if self.target is Target.MAX_LATENCY_MS and v <= 0:
+            raise RequestError(f"max_latency_ms must be above 0 ms per token, got {v:g}")
         if self.target in _WHOLE and (v <= 0 or v != int(v)):
             raise RequestError(f"{name} must be a whole number above 0, got {v:g}")
 
@@ -104,10 +113,6 @@ class Request:
         """
         given = {name: value for name, value in fields.items() if value is not None}
         for name in given:
-            if name in _LATER:
-                raise RequestError(
-                    f"{name} is not available in this version; targets: {', '.join(Target)}"
-                )
             if name not in {*Target, *_QUALIFIERS}:
                 raise RequestError(f"unknown request field {name!r}; targets: {', '.join(Target)}")
         targets = [name for name in given if name not in _QUALIFIERS]
@@ -392,12 +397,33 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedLatency:
+    """Predicted milliseconds per token while ``batch`` sequences are decoded at a time.
+
+    ``ms`` is the variant's and ``dense_ms`` the dense model's on the machine that was measured: how
+    long a step takes, after which every sequence has its next token.
+    """
+
+    batch: int
+    ms: float
+    dense_ms: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what plan documents say under ``predicted``."""
+        return {
+            "batch": self.batch,
+            "ms_per_token": self.ms,
+            "dense_ms_per_token": self.dense_ms,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The answer to one request: strategy, exact size, predicted quality.
 
     Where bits were learned: ``packed_bytes`` is what a lossless form of the weights needs at most
     (`unicuco.dimensions.byte_cost`), ``kv_bytes`` what keys and values take, as far as the request
-    says how many.
+    says how many. ``latency`` is there where the run has a latency model.
     """
 
     request: Request
@@ -410,6 +436,7 @@ class Plan:
     kl: Prediction
     packed_bytes: int | None = None
     kv_bytes: int | None = None
+    latency: PredictedLatency | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return the plan document of the command line and of HTTP."""
@@ -422,7 +449,10 @@ class Plan:
             "bytes": self.num_bytes,
             **self._more_bytes(),
             "served_as": self.served_as.value,
-            "predicted": {"kl": {"mean": self.kl.mean, "lo95": self.kl.lo95, "hi95": self.kl.hi95}},
+            "predicted": {
+                "kl": {"mean": self.kl.mean, "lo95": self.kl.lo95, "hi95": self.kl.hi95},
+                **({} if self.latency is None else {"latency": self.latency.to_dict()}),
+            },
         }
 
     def _more_bytes(self) -> dict[str, object]:

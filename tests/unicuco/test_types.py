@@ -78,7 +78,14 @@ def test_a_request_reads_one_target_with_its_value(
         ({"sparsity": 0.5, "task_weights": {"a": 0.7, "b": 0.2}}, "must sum to 1, got 0.9"),
         ({"sparsity": 0.5, "task_weights": {"a": 0.5, "b": 0.500002}}, "must sum to 1"),
         ({"sparsity": 0.5, "context": 8}, "context goes with max_total_bytes, not with sparsity"),
-        ({"max_bytes": 5, "batch": 8}, "batch goes with max_total_bytes, not with max_bytes"),
+        ({"max_bytes": 5, "batch": 8}, "goes with max_total_bytes or max_latency_ms, not with max"),
+        ({"max_latency_ms": 5, "context": 8}, "context goes with max_total_bytes, not with max_l"),
+        ({"max_latency_ms": 5, "batch": 0}, "batch must be a whole number above 0, got 0"),
+        ({"max_latency_ms": 0}, "max_latency_ms must be above 0 ms per token, got 0"),
+        ({"max_latency_ms": -1.5}, "max_latency_ms must be above 0 ms per token, got -1.5"),
+        ({"max_latency_ms": math.inf}, "max_latency_ms must be a finite number"),
+        ({"max_latency_ms": "fast"}, "max_latency_ms must be a number, got 'fast'"),
+        ({"sparsity": 0.5, "max_latency_ms": 1}, "got sparsity and max_latency_ms"),
         ({"max_total_bytes": 5, "batch": 0}, "batch must be a whole number above 0, got 0"),
         ({"max_total_bytes": 5, "context": 1.5}, "context must be a whole number"),
         ({"max_total_bytes": 5, "context": True}, "context must be a whole number"),
@@ -98,11 +105,6 @@ def test_a_request_that_means_nothing_is_refused_in_one_line(
     assert caught.value.exit_code == 2
 
 
-def test_fields_of_later_versions_are_refused_by_name() -> None:
-    with pytest.raises(RequestError, match="max_latency_ms is not available"):
-        Request.from_dict({"sparsity": 0.5, "max_latency_ms": 1})
-
-
 _VALUES: dict[Target, st.SearchStrategy[float]] = {
     Target.SPARSITY: st.floats(0, 1, exclude_max=True),
     Target.MAX_PARAMS: st.integers(1, 2**53).map(float),
@@ -110,6 +112,7 @@ _VALUES: dict[Target, st.SearchStrategy[float]] = {
     Target.MAX_TOTAL_BYTES: st.integers(1, 2**53).map(float),
     Target.MAX_PACKED_BYTES: st.integers(1, 2**53).map(float),
     Target.MAX_KL: st.floats(0, 1e6),
+    Target.MAX_LATENCY_MS: st.floats(0, 1e6, exclude_min=True),
     Target.PREFERENCE: st.floats(0, 1),
 }
 
@@ -121,14 +124,16 @@ def test_a_request_survives_json(data: st.DataObject) -> None:
     code = data.draw(st.floats(0, 1))
     weights = data.draw(st.sampled_from([None, (("code", code), ("prose", 1 - code))]))
     counted = st.none() | st.integers(1, 2**20)
-    counted = counted if target is Target.MAX_TOTAL_BYTES else st.none()
+    context = counted if target is Target.MAX_TOTAL_BYTES else st.none()
+    of_batches = (Target.MAX_TOTAL_BYTES, Target.MAX_LATENCY_MS)
+    batch = counted if target in of_batches else st.none()
     request = Request(
         target=target,
         value=data.draw(_VALUES[target]),
         served_as=served_as,
         task_weights=weights,
-        context=data.draw(counted),
-        batch=data.draw(counted),
+        context=data.draw(context),
+        batch=data.draw(batch),
     )
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
     assert pickle.loads(pickle.dumps(request)) == request

@@ -21,6 +21,7 @@ from unicuco.cli import (
     evaluate,
     front,
     generate,
+    latency,
     learn,
     pack,
     plan,
@@ -50,6 +51,7 @@ app.command()(generate.generate)
 app.command()(pack.pack)
 app.command()(unpack.unpack)
 app.command()(bits.bits)
+app.command()(latency.latency)
 app.command()(serve.serve)
 app.command()(doctor.doctor)
 

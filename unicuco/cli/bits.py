@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unicuco.cli.progress import ProgressDisplay
-from unicuco.cli.request_options import parse_numbers
+from unicuco.cli.request_options import parse_numbers, parse_whole_numbers
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
-from unicuco.errors import RequestError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,15 +44,13 @@ def bits(
 ) -> None:
     """Measure entropy, coded size and KL of quantised weights: the compressibility study."""
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
-        groups = parse_numbers("--group", group)
-        if any(number != int(number) for number in groups):
-            raise RequestError(f"--group takes whole numbers, got {group!r}")
+        groups = parse_whole_numbers("--group", group)
         sparsities = parse_numbers("--sparsity", sparsity)
         from unicuco.pipeline import BitsOptions, study
 
         options = BitsOptions(
             model=model,
-            groups=tuple(int(number) for number in groups),
+            groups=groups,
             sparsities=sparsities,
             tokens=tokens,
             calibration=calibration,

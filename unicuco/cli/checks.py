@@ -32,6 +32,7 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "pack": ("python", "torch", "torchvision", "transformers", "zstandard", "disk"),
     "unpack": ("python", "torch", "torchvision", "transformers", "zstandard", "disk"),
     "bits": (*_CORE, "zstandard"),
+    "latency": ("python", "torch", "torchvision", "transformers", "gpytorch", "vllm", "memory"),
     "report": ("python", "torch", "torchvision", "gpytorch"),
     "generate": ("python", "torch", "torchvision", "transformers", "vllm", "memory"),
 }

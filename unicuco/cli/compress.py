@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from unicuco.cli.backend import AddressOption, ReplicasOption, check_address, open_backend
+from unicuco.cli.latency_check import CheckOption, latency_check
 from unicuco.cli.learn_options import LearnChoices, with_learn_options
 from unicuco.cli.plan_table import plan_table
 from unicuco.cli.progress import ProgressDisplay
@@ -38,6 +39,7 @@ def compress(
     learning: LearnChoices,
     address: AddressOption = "local",
     replicas: ReplicasOption = 1,
+    check: CheckOption = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -50,6 +52,7 @@ def compress(
         counts_cache = asked.max_total_bytes is not None
         request = replace(asked, context=learning.context if counts_cache else None).to_domain()
         check_address(address, replicas=replicas, shards=learning.shards)
+        from unicuco.pipeline import Run
         from unicuco.pipeline import compress as compress_model
 
         place = out.resolve()  # `.` has no name
@@ -65,4 +68,12 @@ def compress(
                 ),
                 progress=progress,
             )
-        terminal.show(report.to_dict(), plan_table([request], [report.plan]))
+        measured, lines = asdict(report.measured), list[str]()
+        if check and report.plan.latency is not None:
+            latency, lines = latency_check(Run.open(folder, base=model), report.plan, out)
+            measured |= latency
+        terminal.show(
+            {**report.to_dict(), "measured": measured},
+            plan_table([request], [report.plan]),
+            *lines,
+        )

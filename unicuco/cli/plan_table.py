@@ -34,7 +34,10 @@ def plan_table(requests: Sequence[Request], answers: Sequence[Plan | UnicucoErro
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("request", no_wrap=True)
-    for name in ("sparsity", "kept params", "bytes", "predicted KL", "95% interval"):
+    names = ["sparsity", "kept params", "bytes", "predicted KL", "95% interval"]
+    if any(isinstance(answer, Plan) and answer.latency for answer in answers):
+        names.append("ms per token")
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for request, answer in zip(requests, answers, strict=True):
         if isinstance(answer, Plan):
@@ -62,13 +65,15 @@ def describe_request(request: Request) -> str:
 
 
 def _cells(plan: Plan) -> tuple[str, ...]:
-    kl = plan.kl
+    kl, latency = plan.kl, plan.latency
+    times = [] if latency is None else [f"{latency.ms:.4g} of {latency.dense_ms:.4g}"]
     return (
         f"{plan.sparsity:.4f}",
         f"{plan.kept_params:,}",
         f"{plan.num_bytes:,}",
         f"{kl.mean:.4g}",
         f"{kl.lo95:.4g} … {kl.hi95:.4g}",
+        *times,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from unicuco.cli.latency_check import CheckOption, latency_check
 from unicuco.cli.plan import BaseOption, RunArgument
 from unicuco.cli.plan_table import plan_table
 from unicuco.cli.request_options import RequestChoices, with_request_options
@@ -27,6 +28,7 @@ def prune(
     *,
     asked: RequestChoices,
     base: BaseOption = None,
+    check: CheckOption = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -38,9 +40,13 @@ def prune(
         from unicuco.pipeline import Run
         from unicuco.pipeline import prune as cut
 
-        answer = cut(Run.open(run, base=base), request, out)
+        learned = Run.open(run, base=base)
+        answer = cut(learned, request, out)
+        measured, lines = latency_check(learned, answer, out) if check else ({}, [])
+        more = {"measured": measured} if measured else {}
         terminal.show(
-            {**answer.to_dict(), "out": str(out)},
+            {**answer.to_dict(), "out": str(out), **more},
             plan_table([request], [answer]),
             f"variant written to {escape(str(out))}",
+            *lines,
         )

@@ -66,6 +66,14 @@ class RequestChoices:
             "--max-kl", help="KL(dense‖variant) at most, nats per token.", rich_help_panel=_PANEL
         ),
     ] = None
+    max_latency_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--max-latency-ms",
+            help="Milliseconds per token at most, decoding --batch sequences.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     preference: Annotated[
         float | None,
         typer.Option(
@@ -100,7 +108,8 @@ class RequestChoices:
         int | None,
         typer.Option(
             "--batch",
-            help="Sequences that --max-total-bytes counts; one if left out.",
+            help="Sequences at a time: those that --max-total-bytes counts, or --max-latency-ms "
+            "decodes.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -186,3 +195,15 @@ def parse_numbers(option: str, words: str) -> tuple[float, ...]:
         raise RequestError(
             f"{option} takes numbers with commas between, such as 0.5,0.6; got {words!r}"
         ) from None
+
+
+def parse_whole_numbers(option: str, words: str) -> tuple[int, ...]:
+    """Read whole numbers with commas between.
+
+    Raises:
+        RequestError: a word is none.
+    """
+    numbers = parse_numbers(option, words)
+    if any(not number.is_integer() for number in numbers):
+        raise RequestError(f"{option} takes whole numbers, got {words!r}")
+    return tuple(map(int, numbers))

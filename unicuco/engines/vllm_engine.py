@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Final
 
 from unicuco.engines.child import ChildProcess
+from unicuco.engines.decoding import DecodeLoad, median_ms, step_question
 from unicuco.engines.folder import FolderFacts, read_facts
 from unicuco.engines.protocol import Generation, Sampling
 from unicuco.errors import EngineError, RequestError
@@ -163,6 +164,11 @@ class VllmEngine:
             )
             for g in generations
         ]
+
+    def step_ms(self, load: DecodeLoad) -> float:
+        """See `unicuco.engines.decoding.Decoder.step_ms`."""
+        self._loaded()
+        return median_ms(self._ask(step_question(load), timeout_s=None))
 
     def check_health(self) -> None:
         """See `TextEngine.check_health`."""

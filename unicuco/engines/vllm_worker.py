@@ -7,6 +7,8 @@ know: which folders may be switched in place; the owner compares shapes before i
 from __future__ import annotations
 
 import importlib
+import itertools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -100,6 +102,28 @@ class VllmWorker:
                 for a in answers
             ]
         }
+
+    def do_time(self, question: Mapping[str, Any]) -> dict[str, object]:
+        """Return the seconds of every step of decoding ``batch`` sequences."""
+        engine, batch = self._llm.llm_engine, int(question["batch"])
+        parameters = self._vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=1 + int(question["steps"]),  # the first comes with the prompts
+            ignore_eos=True,
+            detokenize=False,
+        )
+        for row in range(batch):
+            prompt = [
+                (5 * row + 3 * place + 1) % question["vocabulary"]
+                for place in range(question["prompt_tokens"])
+            ]
+            engine.add_request(str(row), {"prompt_token_ids": prompt}, parameters)
+        arrivals = []
+        while engine.has_unfinished_requests():
+            # Steps that give nothing, as where the engine schedules ahead, belong to the next one.
+            if len(engine.step()) == batch:
+                arrivals.append(time.perf_counter())
+        return {"seconds": [b - a for a, b in itertools.pairwise(arrivals)]}
 
     def do_ping(self, question: Mapping[str, Any]) -> dict[str, object]:
         """Answer that the engine's own processes are well."""

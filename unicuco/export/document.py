@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from unicuco.errors import VariantError
 from unicuco.files import file_digest
-from unicuco.types import Plan, Prediction, Request, ServedAs, Strategy
+from unicuco.types import Plan, PredictedLatency, Prediction, Request, ServedAs, Strategy
 
 DOCUMENT_NAME: Final = "strategy.json"
 FORMAT: Final = 1
@@ -153,7 +153,7 @@ def _text(value: object) -> str:
 
 def _parse_plan(d: Mapping[str, Any]) -> Plan:
     settings = d["strategy"]["settings"]
-    kl = d["predicted"]["kl"]
+    kl, latency = d["predicted"]["kl"], d["predicted"].get("latency")
     return Plan(
         request=Request.from_dict(d["request"]),
         strategy=Strategy(settings=tuple((k, float(v)) for k, v in settings.items())),
@@ -165,4 +165,13 @@ def _parse_plan(d: Mapping[str, Any]) -> Plan:
         packed_bytes=None if "packed_bytes" not in d else int(d["packed_bytes"]),
         kv_bytes=None if "kv_bytes" not in d else int(d["kv_bytes"]),
         kl=Prediction(mean=float(kl["mean"]), lo95=float(kl["lo95"]), hi95=float(kl["hi95"])),
+        latency=None if latency is None else _parse_latency(latency),
+    )
+
+
+def _parse_latency(d: Mapping[str, Any]) -> PredictedLatency:
+    return PredictedLatency(
+        batch=int(d["batch"]),
+        ms=float(d["ms_per_token"]),
+        dense_ms=float(d["dense_ms_per_token"]),
     )

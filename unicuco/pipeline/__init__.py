@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from unicuco.pipeline.comparison import CompareOptions, CompareReport, Comparison, compare
     from unicuco.pipeline.compression import CompressReport, compress
     from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
+    from unicuco.pipeline.latency import (
+        LatencyCheck,
+        LatencyOptions,
+        LatencyReport,
+        check_cut,
+        measure_run,
+    )
     from unicuco.pipeline.learning import learn
     from unicuco.pipeline.options import LearnOptions, ProgressSink
     from unicuco.pipeline.packing import Int8Options, PackOptions, PackReport, pack, unpack
@@ -36,6 +43,9 @@ _MODULES: Final = {
     "EvaluationReport": "unicuco.pipeline.evaluation",
     "FrontPoint": "unicuco.pipeline.planner",
     "Int8Options": "unicuco.pipeline.packing",
+    "LatencyCheck": "unicuco.pipeline.latency",
+    "LatencyOptions": "unicuco.pipeline.latency",
+    "LatencyReport": "unicuco.pipeline.latency",
     "LearnOptions": "unicuco.pipeline.options",
     "LocalBackend": "unicuco.pipeline.backend",
     "PackOptions": "unicuco.pipeline.packing",
@@ -43,12 +53,14 @@ _MODULES: Final = {
     "Planner": "unicuco.pipeline.planner",
     "ProgressSink": "unicuco.pipeline.options",
     "Run": "unicuco.pipeline.run",
+    "check_cut": "unicuco.pipeline.latency",
     "compare": "unicuco.pipeline.comparison",
     "compress": "unicuco.pipeline.compression",
     "draw_front": "unicuco.pipeline.pictures",
     "draw_strategies": "unicuco.pipeline.pictures",
     "evaluate_variant": "unicuco.pipeline.evaluation",
     "learn": "unicuco.pipeline.learning",
+    "measure_run": "unicuco.pipeline.latency",
     "pack": "unicuco.pipeline.packing",
     "prune": "unicuco.pipeline.pruning",
     "study": "unicuco.pipeline.bits",
@@ -76,6 +88,9 @@ __all__ = [
     "EvaluationReport",
     "FrontPoint",
     "Int8Options",
+    "LatencyCheck",
+    "LatencyOptions",
+    "LatencyReport",
     "LearnOptions",
     "LocalBackend",
     "PackOptions",
@@ -84,12 +99,14 @@ __all__ = [
     "Progress",
     "ProgressSink",
     "Run",
+    "check_cut",
     "compare",
     "compress",
     "draw_front",
     "draw_strategies",
     "evaluate_variant",
     "learn",
+    "measure_run",
     "pack",
     "prune",
     "study",

@@ -7,17 +7,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from unicuco.dimensions import DIMENSIONS
+from unicuco.engines import require_vllm
 from unicuco.errors import InfeasibleRequestError, RequestError
 from unicuco.export.staging import check_target
 from unicuco.models import load_tokenizer
 from unicuco.pipeline.backend import Backend
 from unicuco.pipeline.evaluation import EvaluationReport, evaluate_variant
+from unicuco.pipeline.latency import LatencyOptions, measure_run
+from unicuco.pipeline.latency_requests import no_latency_model
 from unicuco.pipeline.learning import learn
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.preparation import read_texts
 from unicuco.pipeline.pruning import prune
 from unicuco.pipeline.run import MANIFEST, Run
-from unicuco.types import Plan, Request, Target
+from unicuco.types import Plan, Request, ServedAs, Target
 
 _FLAGS: Final = {"tasks": "--task"}  # options that are called otherwise on the command line
 
@@ -51,6 +55,8 @@ def compress(
 ) -> CompressReport:
     """Learn a run if there is none, cut the variant, and measure it on test text.
 
+    Where latency is asked for and the run has no latency model yet, one is measured first.
+
     Args:
         learning: the base model, the run to use, or to learn if it is not there, and how; an
             unfinished one goes on.
@@ -63,6 +69,7 @@ def compress(
         RequestError: the run is there, and was learned otherwise than ``learning`` says.
         InfeasibleRequestError: the run can't meet the request; before anything is learned where
             the request alone tells.
+        EngineError: latency is asked for and vLLM is not installed.
     """
     check_target(out, overwrite=False)
     folder = learning.out
@@ -73,6 +80,10 @@ def compress(
         _check_learnable(request, learning)
         options = replace(learning, resume=(folder / "evaluations.db").exists())
         learned = learn(options, backend=backend_factory(), progress=progress)
+    if request.target is Target.MAX_LATENCY_MS and learned.latency is None:
+        batches = sorted({*LatencyOptions().batches, request.batch or 1})
+        measure_run(learned, LatencyOptions(batches=tuple(batches)), progress)
+        learned = Run.open(folder, base=learning.model)
     plan = prune(learned, request, out)
     measured = evaluate_variant(out, reference=learning.model, progress=progress)
     return CompressReport(plan=plan, out=out, run=folder, measured=measured)
@@ -87,6 +98,11 @@ def _check_learnable(request: Request, wanted: LearnOptions) -> None:
             "learn higher with --max-sparsity, or ask for less",
             nearest=highest,
         )
+    if request.target is Target.MAX_LATENCY_MS:
+        kinds = {DIMENSIONS[name].served_as for name in wanted.dimensions}
+        if ServedAs.SHRINK not in kinds:
+            raise no_latency_model((kinds - {ServedAs.MASK} or kinds).pop())
+        require_vllm()
 
 
 def _check_learned(run: Run, wanted: LearnOptions) -> None:

@@ -7,7 +7,9 @@ weighted Tchebycheff value of size and log KL, both scaled to [0, 1] over the fr
 the weights multiplying, so that more preference for size never keeps more. Then one batch:
 StratNet's answers, the exact fill, the surrogate's predictions.
 
-Of a run that learned bits the front counts bytes, and sizes are met by `ByteRequests`.
+Of a run that learned bits the front counts bytes, and sizes are met by `ByteRequests`. Where shapes
+were learned and their latency was measured, ``max_latency_ms`` is read off the front too
+(`LatencyRequests`).
 
 With several tasks, a request's weights say what KL means; the front is then that of the weighted
 KL, made when a weighting first asks for it.
@@ -26,7 +28,9 @@ from torch import Tensor
 
 from unicuco.dimensions import ByteCost
 from unicuco.errors import InfeasibleRequestError, UnicucoError
+from unicuco.objectives import LatencyModel
 from unicuco.pipeline.byte_requests import ByteRequests, kv_tokens
+from unicuco.pipeline.latency_requests import LatencyRequests, no_latency_model
 from unicuco.space import StrategySpace
 from unicuco.stratnet import StratNetAllocator
 from unicuco.surrogate import EPSILON, Forecast
@@ -53,6 +57,7 @@ class _Front:
     upper: Tensor
     quality: Tensor
     num_bytes: Tensor
+    latency_features: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +82,7 @@ class Planner:
         forecast: its fitted surrogate with the calibration.
         sparsity_range: what was learned.
         tasks: names that requests may weigh, in order; none: one text.
+        latency: what was measured of its shapes, if it was.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Planner:
         forecast: Forecast,
         sparsity_range: tuple[float, float],
         tasks: tuple[str, ...] = (),
+        latency: LatencyModel | None = None,
     ) -> None:
         self.space = space
         self._allocator = allocator
@@ -94,9 +101,10 @@ class Planner:
         self._tasks = tasks
         self._low, self._high = sparsity_range
         self._grid = torch.linspace(self._low, self._high, _GRID, dtype=torch.float64)
+        cost = space.cost
+        self._latency = None if latency is None else LatencyRequests(latency, cost)
         self._fronts: dict[_Weights, _Front] = {}
         self._front_of(None)
-        cost = space.cost
         self._bytes = None
         if isinstance(cost, ByteCost):
             self._bytes = ByteRequests(space, cost, allocator, sparsity_range, self.predict)
@@ -150,7 +158,8 @@ class Planner:
             grid = self._grid.tolist()
             answers = self._strategies(grid, [weights] * len(grid))
             predictions = [p for _, p in answers]
-            sizes = [self.space.cost.num_bytes(strategy.values) for strategy, _ in answers]
+            strategies = [strategy for strategy, _ in answers]
+            sizes = [self.space.cost.num_bytes(strategy.values) for strategy in strategies]
             highs = torch.tensor([p.hi95 for p in predictions], dtype=torch.float64)
             means = torch.tensor([p.mean for p in predictions], dtype=torch.float64)
             if len(self._fronts) >= _MAX_FRONTS:
@@ -160,6 +169,9 @@ class Planner:
                 upper=highs.cummax(0).values,
                 quality=_quality(means),
                 num_bytes=torch.tensor(sizes),
+                latency_features=None
+                if self._latency is None
+                else self._latency.features(strategies),
             )
         return self._fronts[weights]
 
@@ -248,6 +260,7 @@ class Planner:
             kl=kl,
             packed_bytes=packed,
             kv_bytes=kv,
+            latency=None if self._latency is None else self._latency.forecast(request, strategy),
         )
 
     def _check_served_as(self, request: Request) -> None:
@@ -270,6 +283,8 @@ class Planner:
             return self._of_bytes(int(value), self._front_of(weights))
         if request.target is Target.MAX_KL:
             return self._of_kl(value, self._front_of(weights))
+        if request.target is Target.MAX_LATENCY_MS:
+            return self._of_latency(request, self._front_of(weights))
         if request.target in (Target.MAX_TOTAL_BYTES, Target.MAX_PACKED_BYTES):
             raise InfeasibleRequestError(
                 f"this run did not learn bits, which {request.target} counts; learn one with "
@@ -310,6 +325,12 @@ class Planner:
     def _of_kl(self, bound: float, front: _Front) -> float:
         fits = int((front.upper * (1 + 1e-6) <= bound).sum())  # the last bits depend on the batch
         return float(self._grid[fits - 1]) if fits else 0.0
+
+    def _of_latency(self, request: Request, front: _Front) -> float:
+        if self._latency is None or front.latency_features is None:
+            raise no_latency_model(self.space.cost.served_as)
+        first = self._latency.first_within(request, front.latency_features)
+        return 0.0 if first is None else float(self._grid[first])
 
     def _of_preference(self, preference: float, front: _Front) -> float:
         if preference == 0.0:

@@ -23,6 +23,7 @@ from unicuco.levels import FOLDER as LEVELS
 from unicuco.levels import LevelDatabase
 from unicuco.models import model_digest, resolve_model
 from unicuco.pipeline.files import load_json, load_tensors
+from unicuco.pipeline.latency_file import LATENCY, load_latency
 from unicuco.pipeline.planner import FrontPoint, Planner
 from unicuco.pipeline.run_copy import RunCopy, copy_of_run
 from unicuco.ranks import RankStore
@@ -53,6 +54,7 @@ class Run:
         copy: brings files into the folder, where the run lies at a URL.
         manifest: the contents of ``run.json``.
         profile: of the base model.
+        latency: what was measured of its shapes; none: nothing yet.
         seed: of learning.
         validation: measured (sparsity, KL) on the validation text, by allocator.
     """
@@ -72,6 +74,7 @@ class Run:
             self.profile = _profile(manifest["profile"])
             low, high = manifest["sparsity_range"]
             self.sparsity_range = (float(low), float(high))
+            self.latency = load_latency(folder, base_digest=self.profile.digest)
             self.planner = self._planner()
             self.validation = {
                 name: [(float(s), float(kl)) for s, kl in manifest["validation"][name]]
@@ -122,7 +125,7 @@ class Run:
         files = manifest.get("files", {})
         if not isinstance(files, dict):
             raise RunError(f"{folder / MANIFEST} is damaged (files); learn the run again")
-        copy.need(*files)
+        copy.need(*files, LATENCY)
         for file, digest in files.items():
             path = folder / file
             if not path.is_file():
@@ -238,6 +241,7 @@ class Run:
             forecast=self._forecast(),
             sparsity_range=self.sparsity_range,
             tasks=self.tasks,
+            latency=None if self.latency is None else self.latency.model,
         )
 
     @property

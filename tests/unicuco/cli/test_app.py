@@ -29,8 +29,8 @@ def test_help_answers_within_half_a_second_and_loads_nothing_heavy() -> None:
 def test_only_commands_that_work_are_offered(unicuco) -> None:
     names = {command.callback.__name__ for command in app.registered_commands}
     assert names == {
-        "bits", "compare", "compress", "doctor", "evaluate", "front", "generate", "learn", "pack",
-        "plan", "prune", "report", "serve", "unpack",
+        "bits", "compare", "compress", "doctor", "evaluate", "front", "generate", "latency",
+        "learn", "pack", "plan", "prune", "report", "serve", "unpack",
     }  # fmt: skip
     for name in NEED_WORDS:
         assert unicuco(name).code == 2

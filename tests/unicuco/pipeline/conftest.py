@@ -50,6 +50,12 @@ def run(learned: tuple[Run, list[Progress]]) -> Run:
     return learned[0]
 
 
+@pytest.fixture(scope="session")
+def shapes(shape_run: Path) -> Run:
+    """The run of shapes. Read it, never write into its folder."""
+    return Run.open(shape_run)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last training and reports in a moment, for tests of everything around them."""

@@ -12,6 +12,8 @@ from unicuco.pipeline import LearnOptions, LocalBackend, Run, evaluate_variant, 
 from unicuco.testing import tiny_model_folder
 from unicuco.types import Plan, Request, ServedAs
 
+pytestmark = pytest.mark.xdist_group("shapes")
+
 
 def learned(model: Path, text: Path, out: Path, **changes: Any) -> Run:
     options = LearnOptions(
@@ -21,18 +23,14 @@ def learned(model: Path, text: Path, out: Path, **changes: Any) -> Run:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shrinking") / "model"
-    return tiny_model_folder(folder, "llama", num_blocks=3, tied=True)
+def run(shapes: Run) -> Run:
+    """A run of everything together: parts that go, parts that are narrowed, weights that go."""
+    return shapes
 
 
 @pytest.fixture(scope="module")
-def run(model: Path, tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of everything together: parts that go, parts that are narrowed, weights that go."""
-    out = tmp_path_factory.mktemp("shrinking") / "run"
-    return learned(
-        model, tiny_text_file, out, dimensions=("depth", "width", "sparsity"), evaluations=18
-    )
+def model(shape_run: Path) -> Path:
+    return shape_run.with_name("model")
 
 
 def plan(run: Run, **request: float | str) -> Plan:
