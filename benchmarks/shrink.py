@@ -49,7 +49,7 @@ from unicuco.evaluate.arrays import pack_model
 from unicuco.importance.unit_rivals import modegpt_units, sliced_units
 from unicuco.importance.units import UnitStore
 from unicuco.models import load_tokenizer
-from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn
+from unicuco.pipeline import LatencyOptions, LearnOptions, LocalBackend, Run, learn
 from unicuco.pipeline.preparation import Prepared, prepare
 from unicuco.pipeline.texts import test_windows
 from unicuco.search.drops import DropSearch
@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_quality("modegpt", 1, (modegpt_methods,))
     for name in SHAPES if "latency" in parts else ():
         config = AutoConfig.for_model("llama", **dense_fields(SHAPES[name]))
-        measure_latency(name, config, options.strategies)
+        measure_latency(name, config, options.strategies, LatencyOptions(threads=1))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ def tell(step: Progress) -> None:
     print(f"{step.stage} {step.done}/{step.total} {step.detail}", flush=True)
 
 
-def measure_latency(name: str, config: AutoConfig, strategies: int) -> None:
+def measure_latency(
+    name: str, config: AutoConfig, strategies: int, options: LatencyOptions
+) -> None:
     """Fit a latency model of one dense shape, then compare it with random strategies."""
-    options = LatencyOptions(threads=1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "dense"
         torch.manual_seed(0)

@@ -58,12 +58,13 @@ def test_strategies_are_plan_documents_in_order(client: httpx.Client, tiny_run: 
 
 
 def test_what_can_not_be_met_is_told_at_its_place(client: httpx.Client) -> None:
-    requests = [{"sparsity": 0.5}, {"sparsity": 0.99}]
+    requests = [{"sparsity": 0.5}, {"sparsity": 0.99}, {"max_latency_ms": 5, "batch": 2}]
     answer = client.post("/v1/strategies", json={"model": RUN, "requests": requests})
     assert answer.status_code == 200
-    good, bad = answer.json()["data"]
+    good, bad, slow = answer.json()["data"]
     assert good["sparsity"] == 0.5
-    assert bad["error"]["code"] == "infeasible_request"
+    assert bad["error"]["code"] == slow["error"]["code"] == "infeasible_request"
+    assert "masks, which are as fast as the dense model" in slow["error"]["message"]
 
 
 def test_an_impossible_budget_is_422_and_names_the_nearest(client: httpx.Client) -> None:
@@ -221,6 +222,7 @@ NESTED = b"[" * 1000 + b"]" * 1000
         ({"requests": [{"sparsity": 0.5, "max_kl": 1}]}, 422, "invalid_request"),
         ({"requests": [{}]}, 422, "invalid_request"),
         ({"requests": [{"speed": 3}]}, 422, "invalid_request"),
+        ({"requests": [{"max_latency_ms": 0}]}, 422, "invalid_request"),
         ({"requests": [{"sparsity": 1.5}]}, 422, "invalid_request"),
         ({"requests": [{"sparsity": "0.5"}]}, 422, "invalid_request"),
         ({"requests": [{"sparsity": "\ud800"}]}, 422, "invalid_request"),

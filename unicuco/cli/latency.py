@@ -23,7 +23,7 @@ def latency(
         typer.Option("--batches", help="Sequences decoded at a time, rising, commas between."),
     ] = "1,4,16",
     shapes: Annotated[int, typer.Option("--shapes", help="How many shapes to time.")] = 12,
-    rounds: Annotated[int, typer.Option("--rounds", help="Timings of each, in turns.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", help="Timings of each, in turns.")] = 20,
     threads: Annotated[int, typer.Option("--threads", help="Of the engine; 0: one per core.")] = 0,
     base: BaseOption = None,
     as_json: JsonOption = False,

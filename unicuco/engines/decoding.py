@@ -1,7 +1,8 @@
 """How long a step of decoding takes: what is decoded, and two engines compared in turns.
 
-What else the machine does meanwhile slows both, so what is kept is their ratio. What this module
-does not know: vLLM, and what is measured what for.
+What else the machine does meanwhile slows both, so what is kept is their ratio; turns are short,
+for it changes from one second to the next. What this module does not know: vLLM, and what is
+measured what for.
 """
 
 from __future__ import annotations
@@ -42,17 +43,27 @@ def compare_decoding(
 ) -> tuple[list[float], list[float]]:
     """Return the ratio other / dense and the dense milliseconds per step, of every load.
 
-    Both are medians over the rounds; one more round comes first and is forgotten.
+    Both are medians over the rounds, in which the two take turns in going first; one more round
+    comes before and is forgotten.
 
     Raises:
         EngineError: nothing is loaded, or an engine died.
     """
     ratios, dense_ms = [], []
     for load in loads:
-        turns = [(dense.step_ms(load), other.step_ms(load)) for _ in range(1 + rounds)][1:]
+        turns = [_turn(dense, other, load, other_first=k % 2 == 0) for k in range(1 + rounds)][1:]
         ratios.append(statistics.median(b / a for a, b in turns))
         dense_ms.append(statistics.median(a for a, _ in turns))
     return ratios, dense_ms
+
+
+def _turn(
+    dense: Decoder, other: Decoder, load: DecodeLoad, *, other_first: bool
+) -> tuple[float, float]:
+    if other_first:
+        other_ms = other.step_ms(load)
+        return dense.step_ms(load), other_ms
+    return dense.step_ms(load), other.step_ms(load)
 
 
 def step_question(load: DecodeLoad) -> dict[str, object]:

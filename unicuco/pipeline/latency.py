@@ -45,9 +45,9 @@ from unicuco.space import StrategySpace
 from unicuco.types import ModelProfile, Plan, ServedAs, Strategy, Target
 
 _MAX_BATCH: Final = 256
-_PROMPT_TOKENS: Final = 64
-_STEPS: Final = 32
-_CHECK_ROUNDS: Final = 5
+_PROMPT_TOKENS: Final = 16
+_STEPS: Final = 8  # a turn is then a tenth of a second of a small model
+_CHECK_ROUNDS: Final = 20
 _GPU_SHARE: Final = 0.4  # of a GPU's memory, for each of two engines side by side
 
 
@@ -65,7 +65,7 @@ class LatencyOptions:
 
     batches: tuple[int, ...] = (1, 4, 16)
     shapes: int = 12
-    rounds: int = 5
+    rounds: int = 20
     threads: int = 0
     seed: int = 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unicuco.engines import ENGINES, Sampling, TextEngine, VllmEngine, VllmOptions
+from unicuco.engines import ENGINES, DecodeLoad, Sampling, TextEngine, VllmEngine, VllmOptions
 from unicuco.errors import EngineError, RequestError
 from unicuco.models import load_model, load_tokenizer
 from unicuco.testing.engine_contract import EngineContract
@@ -54,6 +54,15 @@ class TestVllmEngine(EngineContract):
             engine.switch(folder)
             answers = [list(answer.token_ids) for answer in engine.generate(PROMPTS, sampling)]
             assert answers == hugging_face_greedy(folder, PROMPTS, 24)
+
+    def test_steps_of_decoding_are_timed_and_leave_the_engine_as_it_was(
+        self, engine: VllmEngine
+    ) -> None:
+        before = engine.generate(PROMPTS)
+        for batch in (1, 5):
+            load = DecodeLoad(batch=batch, prompt_tokens=8, steps=6, vocabulary=200)
+            assert engine.step_ms(load) > 0
+        assert engine.generate(PROMPTS) == before
 
     def test_loading_equal_shapes_keeps_the_process(
         self, engine: VllmEngine, variant_folder: Path
