@@ -1,17 +1,17 @@
 """Milliseconds per token while decoding: a linear model of what is left of the blocks.
 
 A step of decoding reads every weight once and multiplies it by one vector per sequence. At one
-batch the bytes that a part moves and the operations that it does are both proportional to its
-parameters, so one coefficient stands for both; another one is what a part costs by being there
-(launching its operations, its norm), and a constant is all that no strategy changes: embeddings,
-head, sampling, the engine's own work. Zeros of masks cost what other weights cost.
+batch the bytes that a part moves and the operations that it does are both proportional to the
+weights that its sites store, so one coefficient stands for both; another one is what a part costs
+by being there (launching its operations, its norm), and a constant is all that no strategy changes:
+embeddings, head, sampling, the engine's own work. Zeros of masks cost what other weights cost.
 
-    ms = c_0 + sum over kinds (c_present · parts that are there + c_params · their parameters)
+    ms = c_0 + sum over kinds (c_present · parts that are there + c_weights · their weights)
 
 Coefficients are not negative, so less of anything is never slower. They are fitted for every batch
 that was measured, by least squares of the relative errors, and linear between two batches.
 
-Notation: n strategies, p parts, k kinds of parts, f = 1 + 2k features, m batches. A part's kind is
+Notation: n strategies, i sites, k kinds of parts, f = 1 + 2k features, m batches. A part's kind is
 its place in its block: attention, MLP; or the block as a whole where parts can't be told apart.
 
 What it does not know: how times were measured (`unicuco.engines.vllm_timer`), and on what.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,41 +30,31 @@ from torch import Tensor
 from unicuco.space import CostModel, Shape
 from unicuco.types import Part, Strategy
 
-_WHOLE: Final = Shape(parts=frozenset(), units=(), sizes=(), zeroed=())
-
 
 def latency_features(cost: CostModel, strategies: Sequence[Strategy]) -> Tensor:
     """Return the ``n x f`` features of strategies of a space with this cost model."""
-    return shape_features(cost.parts, [cost.shape(strategy.values) for strategy in strategies])
+    return _features(cost, [cost.shape(strategy.values) for strategy in strategies])
 
 
 def dense_features(cost: CostModel) -> Tensor:
     """Return the ``1 x f`` features of the dense model."""
-    return shape_features(cost.parts, [_WHOLE])
+    sizes = tuple(site.num_weights for site in cost.profile.sites)
+    return _features(cost, [Shape(parts=frozenset(), narrowed=(), sizes=sizes, zeroed=())])
 
 
-def shape_features(parts: Sequence[Part], shapes: Sequence[Shape]) -> Tensor:
-    """Return the features of what is left of a model.
-
-    Args:
-        parts: ``p`` parts of the dense model, block by block.
-        shapes: ``n`` shapes of strategies.
-
-    Returns:
-        ``n x f`` float64: 1, then for every kind the parts that are there and their parameters.
-    """
-    kinds = torch.tensor(_kinds(parts))
-    alive = torch.ones(len(shapes), len(parts), dtype=torch.float64)
-    params = torch.tensor([part.num_params for part in parts], dtype=torch.float64)
-    params = params.repeat(len(shapes), 1)
+def _features(cost: CostModel, shapes: Sequence[Shape]) -> Tensor:
+    """Return ``n x f``: 1, then for every kind the parts that are there and their weights."""
+    kinds = _kinds(cost.parts)
+    kind_of = {path: k for part, k in zip(cost.parts, kinds, strict=True) for path in part.sites}
+    site_kinds = torch.tensor([kind_of[site.path] for site in cost.profile.sites])
+    alive = torch.ones(len(shapes), len(kinds), dtype=torch.float64)
     for row, shape in enumerate(shapes):
         alive[row, list(shape.parts)] = 0.0
-        for p, lost in shape.units:
-            params[row, p] -= lost * parts[p].unit_params
-    features = torch.zeros(len(shapes), 1 + 2 * (int(kinds.max()) + 1), dtype=torch.float64)
+    sizes = torch.tensor([shape.sizes for shape in shapes], dtype=torch.float64)
+    features = torch.zeros(len(shapes), 1 + 2 * (max(kinds) + 1), dtype=torch.float64)
     features[:, 0] = 1.0
-    features.index_add_(1, 1 + 2 * kinds, alive)
-    features.index_add_(1, 2 + 2 * kinds, alive * params)
+    features.index_add_(1, 1 + 2 * torch.tensor(kinds), alive)
+    features.index_add_(1, 2 + 2 * site_kinds, sizes)
     return features
 
 
@@ -163,7 +153,7 @@ def _fit(features: Tensor, ms: Tensor) -> tuple[float, ...]:
     """Minimise the squares of relative errors over coefficients that are not negative."""
     from scipy.optimize import nnls  # a quarter of a second that only those who fit shall pay
 
-    scale = features.amax(0).clamp(min=1e-12)  # parameters are millions, parts a few
+    scale = features.amax(0).clamp(min=1e-12)  # weights are millions, parts a few
     matrix = features / scale / ms[:, None]
     solution, _ = nnls(matrix.numpy(), torch.ones_like(ms).numpy())
     return tuple((torch.from_numpy(solution) / scale).tolist())

@@ -105,4 +105,5 @@ def no_latency_model(served_as: ServedAs) -> InfeasibleRequestError:
 def _rounded_up(ms: float) -> float:
     """Round to few digits, so that what is named can be typed, and met."""
     unit = 10.0 ** (math.floor(math.log10(ms)) + 1 - _DIGITS)
-    return float(f"{math.ceil(ms / unit) * unit:.{_DIGITS}g}")
+    whole = math.ceil(ms / unit * (1 + 1e-9))  # a number of few digits itself may be a bit above
+    return float(f"{whole * unit:.{_DIGITS}g}")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from unicuco.types import Part, ServedAs
+from unicuco.types import ModelProfile, Part, ServedAs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +85,11 @@ class CostModel(Protocol):
 
     Budgets count a strategy's size: its kept parameters, or its bytes where dimensions change bits.
     ``total_size`` is the dense model's, ``site_size`` what of it the axes work on,
-    ``counts_bytes`` which of the two it is.
+    ``counts_bytes`` which of the two it is; ``profile`` is the dense model's, ``parts`` what can be
+    removed by itself.
     """
 
+    profile: ModelProfile
     total_params: int
     num_site_weights: int
     total_size: int

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,20 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unicuco.dimensions import build_space
+from unicuco.dimensions import Granularity, build_space
 from unicuco.objectives import LatencyModel, dense_features, latency_features, leave_one_out
-from unicuco.objectives.latency import shape_features
-from unicuco.space import Shape
 from unicuco.testing.profiles import make_profile
-from unicuco.types import Part
+from unicuco.types import Strategy
 
 PROFILE = make_profile([[(6, 6), (24, 6), (6, 12)], [(4, 4), (24, 6), (6, 12)], [(6, 6), (6, 6)]])
 SPACE = build_space(PROFILE, ("depth", "width", "sparsity"))
-
-
-def shape(parts: tuple[int, ...] = (), **units: int) -> Shape:
-    lost = tuple((int(name[1:]), count) for name, count in units.items())
-    return Shape(parts=frozenset(parts), units=lost, sizes=(), zeroed=())
 
 
 def features_of(seed: int, count: int) -> Tensor:
@@ -38,21 +32,22 @@ def times(seed: int, features: Tensor, spread: float = 0.0) -> tuple[Tensor, Ten
     return true, (features @ true) * (1 + spread * noise)
 
 
-def test_features_count_the_parts_of_a_kind_and_their_parameters() -> None:
-    def part(block: int, params: int, unit: int = 0) -> Part:
-        return Part(block=block, modules=("m",), sites=(), num_params=params, num_bytes=0,
-                    num_units=4, unit_params=unit)  # fmt: skip
+def test_features_count_the_parts_of_a_kind_and_their_weights() -> None:
+    named = dict.fromkeys(SPACE.names, 0.0)
+    cases = {
+        (): [1, 3, 36 + 16 + 36, 3, 216 + 216 + 36],
+        (("depth/blocks.0.part_0", 1),): [1, 2, 16 + 36, 3, 216 + 216 + 36],
+        (("width/blocks.1.part_1", 0.25),): [1, 3, 36 + 16 + 36, 3, 216 + 162 + 36],
+        (("depth/blocks.2.part_1", 1), ("sparsity/blocks.0.site_1", 0.5)): [1, 3, 88, 2, 432],
+    }
+    for settings, expected in cases.items():
+        strategy = Strategy(settings=tuple({**named, **dict(settings)}.items()))
+        assert latency_features(SPACE.cost, [strategy]).tolist() == [expected]
 
-    parts = [part(0, 100, 10), part(0, 60, 5), part(1, 100, 10), part(1, 70, 5)]
-    shapes = [shape(), shape(p0=3, p1=2), shape((1, 2), p0=1), shape((0, 1))]
-    assert shape_features(parts, shapes).tolist() == [
-        [1, 2, 200, 2, 130],
-        [1, 2, 170, 2, 120],
-        [1, 1, 90, 1, 70],
-        [1, 1, 100, 1, 70],
-    ]
-    whole = [part(block, 50) for block in range(3)]
-    assert shape_features(whole, [shape((1,))]).tolist() == [[1, 2, 100]]
+
+def test_a_model_whose_parts_can_not_be_told_apart_has_one_kind() -> None:
+    space = build_space(replace(PROFILE, parts=()), ("depth",), Granularity.BLOCK)
+    assert dense_features(space.cost).tolist() == [[1, 3, PROFILE.num_site_weights]]
 
 
 def test_zeros_of_masks_save_no_time_and_the_dense_model_has_all() -> None:
@@ -61,7 +56,7 @@ def test_zeros_of_masks_save_no_time_and_the_dense_model_has_all() -> None:
     dense = dense_features(SPACE.cost)
     assert torch.equal(latency_features(SPACE.cost, SPACE.decode(masked)), dense)
     assert dense[0, 1::2].tolist() == [3, 3]
-    assert float(dense[0, 2::2].sum()) == sum(part.num_params for part in PROFILE.parts)
+    assert float(dense[0, 2::2].sum()) == PROFILE.num_site_weights
 
 
 def test_a_fit_to_exact_times_predicts_every_other_shape_exactly() -> None:

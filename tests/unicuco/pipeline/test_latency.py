@@ -24,6 +24,7 @@ from unicuco.pipeline import LatencyOptions, LearnOptions, LocalBackend, Run, co
 from unicuco.pipeline import latency as measuring
 from unicuco.pipeline.latency_design import design, random_strategies
 from unicuco.pipeline.latency_file import LATENCY, save_latency
+from unicuco.space import Narrowing
 from unicuco.types import Plan, Request
 
 pytestmark = pytest.mark.xdist_group("shapes")
@@ -69,8 +70,9 @@ def by_hand(run: Run, plan: Plan, batch: int) -> float:
     for p, part in enumerate(parts):
         if p not in shape.parts:
             present, each = own[:2] if part.path.endswith("self_attn") else own[2:]
-            lost = dict(shape.units).get(p, 0)
-            ms += present + each * (part.num_params - lost * part.unit_params)
+            units = dict(shape.narrowed).get(p, Narrowing()).units
+            weights = sum(site.num_weights for site in run.profile.sites if site.path in part.sites)
+            ms += present + each * weights * (1 - units / part.num_units)
     return ms
 
 
@@ -211,6 +213,7 @@ def test_measuring_in_ways_that_mean_nothing_is_refused(fields: dict[str, Any], 
     [
         (("depth", "width", "sparsity"), Granularity.LAYER),
         (("width",), Granularity.LAYER),
+        (("width", "low_rank"), Granularity.LAYER),
         (("depth",), Granularity.BLOCK),
     ],
 )
@@ -249,10 +252,8 @@ def test_every_shape_that_is_measured_has_a_configuration_without_weights(
             ]
         assert sum(shape["key_value_heads"] > 0 for shape in shapes) == row[1]
         assert sum(shape["intermediate_size"] > 0 for shape in shapes) == row[3]
-        hidden = config.hidden_size
-        mlps = sum(3 * hidden * s["intermediate_size"] + hidden * (s["intermediate_size"] > 0)
-                   for s in shapes)  # fmt: skip
-        assert mlps == row[4]
+        channels = sum(shape["intermediate_size"] for shape in shapes)
+        assert 3 * config.hidden_size * channels == row[4]
     assert math.prod(len(list(place.iterdir())) for place in folders) == 1
 
 
