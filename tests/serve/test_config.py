@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.config import ServeConfig, digest_keys, is_loopback
+from serve.config import EngineOptions, ServeConfig, digest_keys, is_loopback
 from unicuco.errors import RequestError
 
 KEYS = "first-secret-key,second-secret-key"
@@ -58,3 +58,16 @@ def test_a_key_too_short_is_refused_and_not_shown() -> None:
 def test_loopback_is_told_from_everywhere_else() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "localhost.org", "")))
+
+
+def test_every_service_has_a_scratch_folder_of_its_own(tmp_path: Path) -> None:
+    fast = EngineOptions(scratch=str(tmp_path / "fast"))
+    folders = {
+        ServeConfig.of_runs([tmp_path / "a"], data=tmp_path / data, engines=engines).scratch_folder
+        for data in ("one", "two")
+        for engines in (EngineOptions(), fast)
+    }
+    assert len(folders) == 4
+    assert {folder for folder in folders if folder.parent != tmp_path / "fast"} == {
+        tmp_path / "one" / "engines", tmp_path / "two" / "engines"
+    }  # fmt: skip

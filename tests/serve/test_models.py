@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from serve.config import EngineOptions, ServeConfig
-from serve.models import Began, Failed, Models, Said, TalkCall, TalkEvent
+from serve.models import Began, Failed, Models, Said, TalkCall, TalkEvent, vllm_engines
 from unicuco.engines import StreamSampling
 from unicuco.packing import Link, folder_drafts, read_header, write_container
 from unicuco.testing.streaming_echo import StreamingEcho
@@ -239,3 +239,13 @@ def test_a_container_of_another_base_model_or_cut_short_is_refused_in_one_line(
         assert engine.switches == []
 
     run(config, work)
+
+
+def test_what_killed_engines_held_is_removed_when_new_ones_are_made(config: ServeConfig) -> None:
+    left = config.scratch_folder / "0" / "two-abc"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"unpacked")
+    (engine,) = vllm_engines(config)
+    assert not engine.alive
+    assert not left.exists()
+    assert (Path(config.data) / "variants" / "run" / "two" / "strategy.json").is_file()
