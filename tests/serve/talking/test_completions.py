@@ -93,6 +93,21 @@ def test_many_prompts_and_copies_stand_in_their_order_and_seeds_repeat(talking: 
     assert [c.text for c in greedy.choices] == [a.choices[0].text for a in alone]
 
 
+def test_a_variant_that_was_sent_packed_talks_where_it_lies_packed_only(talking: Talking) -> None:
+    file = Path(talking.config.data) / "variants" / "python" / "moved.pack"
+    with talking.http() as http:
+        file.write_bytes(http.get("/v1/models/python:v2/packed").content)
+        asked = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
+        texts = [
+            http.post("/v1/completions", json={"model": model, **asked}).json()["choices"]
+            for model in ("python:v2", "python:moved")
+        ]
+        assert texts[0] == texts[1]
+        assert wait_until(lambda: http.delete("/v1/models/python:moved").status_code == 204, 30)
+        answer = http.post("/v1/completions", json={"model": "python:moved", **asked})
+        assert (answer.status_code, file.exists()) == (404, False)
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "code"),
     [
