@@ -13,7 +13,7 @@ from typing import Any
 
 from unicuco.engines.serve_lines import serve_lines
 from unicuco.engines.vllm_plugin import register
-from unicuco.engines.vllm_worker import VllmWorker
+from unicuco.engines.vllm_worker import VllmWorker, step_clock
 
 
 class TimerWorker(VllmWorker):
@@ -44,6 +44,7 @@ class TimerWorker(VllmWorker):
             disable_log_stats=True,
             seed=0,
         )
+        self._clock = step_clock(on_cpu=on_cpu)
         device = "cpu" if on_cpu else str(platform.get_device_name())
         return {"device": device, "vllm": str(self._vllm.__version__)}
 
