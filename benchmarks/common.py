@@ -20,7 +20,8 @@ from unicuco.models import load_tokenizer
 from unicuco.pipeline import LearnOptions
 from unicuco.pipeline.preparation import Prepared, allocation_context, prepare
 from unicuco.pipeline.texts import test_windows
-from unicuco.types import Strategy
+from unicuco.space import StrategySpace
+from unicuco.types import Plan, Prediction, Request, ServedAs, Strategy, Target
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,6 +92,21 @@ class Bench:
     def test_kl(self, strategies: Sequence[Strategy]) -> list[float]:
         """Return the KL of strategies on the test text."""
         return [self.test_judge.evaluate(strategy).kl for strategy in strategies]
+
+
+def unpredicted_plan(space: StrategySpace, strategy: Strategy, sparsity: float) -> Plan:
+    """Return the plan of a masked variant whose KL nobody predicted, so that it can be written."""
+    cost = space.cost
+    return Plan(
+        request=Request(target=Target.SPARSITY, value=sparsity),
+        strategy=strategy,
+        sparsity=sum(cost.site_drops(strategy.values).values()) / cost.num_site_weights,
+        kept_params=cost.kept_params(strategy.values),
+        total_params=cost.total_params,
+        num_bytes=cost.num_bytes(strategy.values),
+        served_as=ServedAs.MASK,
+        kl=Prediction(mean=0.0, lo95=0.0, hi95=0.0),
+    )
 
 
 def provenance() -> dict[str, object]:

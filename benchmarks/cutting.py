@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import save, table
+from benchmarks.common import save, table, unpredicted_plan
 from benchmarks.speed import median_s, mixed_requests
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import build_space
@@ -37,7 +37,7 @@ from unicuco.models import load_model, quiet_transformers
 from unicuco.pipeline import LearnOptions, LocalBackend, learn
 from unicuco.ranks import RankStore, build_ranks, cut, rank_rows
 from unicuco.testing.tiny import tiny_tokenizer
-from unicuco.types import Plan, Prediction, Request, ServedAs, Target
+from unicuco.types import Request, Target
 
 _SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # of a 7B Llama
 _CONTEXT = 64
@@ -88,17 +88,7 @@ def measure_disk(hidden: int, blocks: int, repeats: int) -> dict[str, float]:
             for site in loaded.profile.sites
         }
         space = build_space(loaded.profile)
-        strategy = space.uniform(0.6)
-        plan = Plan(
-            request=Request(target=Target.SPARSITY, value=0.6),
-            strategy=strategy,
-            sparsity=0.6,
-            kept_params=space.cost.kept_params(strategy.values),
-            total_params=space.cost.total_params,
-            num_bytes=space.cost.num_bytes(strategy.values),
-            served_as=ServedAs.MASK,
-            kl=Prediction(mean=0.0, lo95=0.0, hi95=0.0),
-        )
+        plan = unpredicted_plan(space, space.uniform(0.6), 0.6)
         source = model / "model.safetensors"
 
         def write() -> None:

@@ -4,7 +4,8 @@
 - ``products``: the time that the model's matrix products take alone, at its own shapes, as a share
   of the forward pass: 1 would be a pass at the machine's measured peak;
 - ``loop``: an evaluation against copying the model, pruning it by sorting, and running the same
-  tokens; dense predictions are cached for both, and the two KL are compared.
+  tokens; dense predictions are cached for both; ``largest_gap`` is the largest relative difference
+  of the two KL.
 
 Strategies are random ones around a sparsity of 0.6, each cut from the one before; one thread,
 medians of interleaved repeats.
@@ -20,12 +21,13 @@ import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import Bench, save, table
+from benchmarks.speed import median_s
 from unicuco.calibration import collect_input_norms
 from unicuco.importance.wanda import wanda_scores
 from unicuco.models import read_site
@@ -88,11 +90,11 @@ def product_seconds(bench: Bench, repeats: int) -> float:
     total = 0.0
     for (rows, columns), count in shapes.items():
         x, weight = torch.randn(ids.shape[1], columns), torch.randn(rows, columns)
-        total += count * _median_s(lambda x=x, w=weight: torch.nn.functional.linear(x, w), repeats)
+        total += count * median_s(lambda x=x, w=weight: torch.nn.functional.linear(x, w), repeats)
     return total * len(ids)
 
 
-def measure(model: str, tokens: int, repeats: int) -> dict[str, float]:
+def measure(model: str, tokens: int, repeats: int) -> dict[str, float | str]:
     """Measure all at one number of tokens."""
     bench = Bench(model, tokens=tokens, test_tokens=512)
     ids = bench.prepared.texts.search.ids
@@ -121,7 +123,7 @@ def measure(model: str, tokens: int, repeats: int) -> dict[str, float]:
         "outside": 1 - statistics.median(f / w for f, w in zip(forward, whole, strict=True)),
         "products": product_seconds(bench, 10 * repeats) / passes,
         "loop": statistics.median(s / w for s, w in zip(straight, whole, strict=True)),
-        "largest_gap": max(gaps),
+        "largest_gap": f"{max(gaps):.1e}",
     }
 
 
@@ -138,15 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     print("saved to", save("evaluation", {"model": values.model, "rows": rows}))
-
-
-def _median_s(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
 
 
 if __name__ == "__main__":

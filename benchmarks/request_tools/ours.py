@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import unpredicted_plan
 from benchmarks.request_tools.clock import Clock
 from unicuco.allocate import ALLOCATORS, AllocationContext, AxisCurves, Evidence
 from unicuco.calibration import TokenSet, collect_input_norms
@@ -27,7 +28,7 @@ from unicuco.pipeline.preparation import prepare
 from unicuco.pipeline.texts import LearningSource
 from unicuco.ranks import RankStore, build_ranks
 from unicuco.space import StrategySpace
-from unicuco.types import Plan, Prediction, Request, ServedAs, Strategy, Target
+from unicuco.types import Request, Strategy, Target
 
 _SEARCH_UNITS = 300.0
 
@@ -107,25 +108,14 @@ def write(
     sparsity: float,
     target: Path,
 ) -> None:
-    """Write a checkpoint as variants are written; nobody predicted its KL."""
-    cost = space.cost
-    plan = Plan(
-        request=Request(target=Target.SPARSITY, value=sparsity),
-        strategy=strategy,
-        sparsity=sum(cost.site_drops(strategy.values).values()) / cost.num_site_weights,
-        kept_params=cost.kept_params(strategy.values),
-        total_params=cost.total_params,
-        num_bytes=cost.num_bytes(strategy.values),
-        served_as=ServedAs.MASK,
-        kl=Prediction(mean=0.0, lo95=0.0, hi95=0.0),
-    )
+    """Write a checkpoint as variants are written."""
     write_variant(
         target,
         base=loaded.folder,
         profile=loaded.profile,
         ranks=ranks,
         space=space,
-        plan=plan,
+        plan=unpredicted_plan(space, strategy, sparsity),
         provenance={"run": "", "seed": 0},
     )
 
