@@ -22,7 +22,7 @@ demo: venv
 	$(RUN) unicuco.cli.demo
 
 test: browser
-	$(RUN) pytest -m "not slow and not ray" $(SIDE_BY_SIDE); first=$$?; $(RUN) pytest -m "slow or ray" && exit $$first
+	$(RUN) pytest -m "not alone" $(SIDE_BY_SIDE); first=$$?; $(RUN) pytest -m alone && exit $$first
 
 test-fast: venv
 	$(RUN) pytest -m "not slow" $(SIDE_BY_SIDE)

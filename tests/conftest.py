@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import settings
@@ -114,12 +115,19 @@ def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Where slow tests start clusters, services, engines or commands, each of which fills the machine.
+_ALONE: Final = {"chaos", "cluster", "serve", "engines", "cli"}
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that share the session's Ray."""
+    """Mark the tests that run alone: those that share the session's Ray, or start much."""
     for item in items:
-        if "ray_local" in getattr(item, "fixturenames", ()):
-            item.add_marker("ray")
+        folders = item.path.relative_to(Path(__file__).parent).parts
+        shares_ray = "ray_local" in getattr(item, "fixturenames", ())
+        starts_much = item.get_closest_marker("slow") and _ALONE & set(folders)
+        if shares_ray or starts_much:
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session")
