@@ -15,7 +15,7 @@ from typing import Final
 
 from serve.catalogue import Catalogue, ModelId
 from serve.config import ServeConfig
-from serve.packing import Packed, Packer
+from serve.packer import Packed, Packer
 from serve.priority import step_back
 from serve.scaling import QUEUE_METRIC, is_worth_warming
 from serve.worker import Cutter, CutterFactory, JobWorker

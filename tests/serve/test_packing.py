@@ -13,7 +13,8 @@ import pytest
 from serve.catalogue import Catalogue, ModelId, UnknownModelError
 from serve.config import ServeConfig
 from serve.errors import ApiError
-from serve.packing import Packed, Packer, Packing, link_class, make_form
+from serve.packer import Packed, Packer, make_form
+from serve.packing import Packing, link_class
 from unicuco.errors import ModelError, StorageError, VariantError
 from unicuco.pipeline import Run, prune, unpack
 from unicuco.types import Request, Target
