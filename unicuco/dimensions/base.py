@@ -114,6 +114,12 @@ class Dimension(Protocol):
         return
 
 
+def grid_axis(name: str, num_steps: int) -> Axis:
+    """Return the axis of a share of something that goes by steps; the last step stays."""
+    high = (num_steps - 1) / num_steps
+    return Axis(name=name, low=0.0, high=high, num_steps=num_steps, is_shape=True)
+
+
 def parts_of(profile: ModelProfile) -> tuple[Part, ...]:
     """Return the profile's parts, or a part for every block where it has none."""
     if profile.parts:

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from unicuco.dimensions.base import Dimension, Granularity, Kept
+from unicuco.dimensions.base import Dimension, Granularity, Kept, grid_axis
 from unicuco.errors import RequestError
 from unicuco.space import Axis, Narrowing
 from unicuco.types import ModelProfile, ServedAs
@@ -48,13 +48,7 @@ class LowRank(Dimension):
                 "models can); leave low_rank out of --dimensions"
             )
         return [
-            Axis(
-                name=f"{self.name}/{profile.parts[p].path}.{kind}",
-                low=0.0,
-                high=(count - 1) / count,
-                num_steps=count,
-                is_shape=True,
-            )
+            grid_axis(f"{self.name}/{profile.parts[p].path}.{kind}", count)
             for p in attentions
             for kind, count in zip(("pairs", "ranks"), _steps(profile, p), strict=True)
         ]

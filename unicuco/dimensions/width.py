@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from unicuco.dimensions.base import Dimension, Granularity, Kept
+from unicuco.dimensions.base import Dimension, Granularity, Kept, grid_axis
 from unicuco.errors import RequestError
 from unicuco.space import Axis, Narrowing
 from unicuco.types import ModelProfile, Part, ServedAs
@@ -47,16 +47,7 @@ class Width(Dimension):
                 f"{profile.architecture} can't be narrowed (Llama and Qwen2 models can); "
                 "leave width out of --dimensions"
             )
-        return [
-            Axis(
-                name=f"{self.name}/{part.path}",
-                low=0.0,
-                high=(count - 1) / count,
-                num_steps=count,
-                is_shape=True,
-            )
-            for part, count in steps
-        ]
+        return [grid_axis(f"{self.name}/{part.path}", count) for part, count in steps]
 
     def kept(self, profile: ModelProfile, settings: Tensor, granularity: Granularity) -> Kept:
         """Return 1 - setting of the units of the parts that have an axis."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Self
 
 from unicuco.engines.child import ChildProcess
 from unicuco.engines.decoding import DecodeLoad, median_ms, step_question
@@ -23,7 +23,7 @@ from unicuco.engines.folder import FolderFacts, read_facts
 from unicuco.engines.protocol import Generation, Sampling
 from unicuco.errors import EngineError, RequestError
 
-_START_S: Final = 600.0  # imports alone take over a minute on a cold disk
+START_S: Final = 600.0  # imports alone take over a minute on a cold disk
 _PING_S: Final = 30.0
 
 
@@ -90,14 +90,58 @@ class VllmOptions:
         return variables
 
 
-class VllmEngine:
+class VllmChild:
+    """Whoever has vLLM in a process of its own, while something is loaded.
+
+    Args:
+        options: of the engine.
+    """
+
+    def __init__(self, options: VllmOptions) -> None:
+        self.options = options
+        self._child: ChildProcess | None = None
+
+    def close(self) -> None:
+        """End the process; closing twice is allowed, and loading again too."""
+        if self._child is not None:
+            self._child.close()
+        self._child = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self, worker: str) -> None:
+        self._child = ChildProcess(
+            # -P: the folder that the user stands in must not shadow a module
+            [sys.executable, "-P", "-m", worker],
+            {**os.environ, **self.options.environment()},
+        )
+
+    def _ask(self, question: Mapping[str, object], *, timeout_s: float | None) -> dict[str, object]:
+        if self._child is None:
+            raise EngineError("nothing is loaded; call load first")
+        answer = self._child.ask(question, timeout_s=timeout_s)
+        if "error" in answer:
+            message = str(answer["error"])
+            raise RequestError(message) if answer["kind"] == "request" else EngineError(message)
+        return answer
+
+
+class VllmEngine(VllmChild):
     """A `TextEngine` on vLLM. One process while something is loaded, none otherwise."""
 
     name = "vllm"
 
     def __init__(self, options: VllmOptions | None = None) -> None:
-        self.options = options or VllmOptions()
-        self._child: ChildProcess | None = None
+        super().__init__(options or VllmOptions())
         self._facts: FolderFacts | None = None
 
     @property
@@ -120,11 +164,7 @@ class VllmEngine:
                 self._switch(facts)
                 return
             self.close()
-        self._child = ChildProcess(
-            # -P: the folder that the user stands in must not shadow a module
-            [sys.executable, "-P", "-m", "unicuco.engines.vllm_worker"],
-            {**os.environ, **self.options.environment()},
-        )
+        self._start("unicuco.engines.vllm_worker")
         question = {
             "op": "load",
             "folder": str(folder.resolve()),
@@ -135,7 +175,7 @@ class VllmEngine:
             **facts.engine_flags(self.options.dtype),
         }
         try:
-            self._ask(question, timeout_s=_START_S)
+            self._ask(question, timeout_s=START_S)
         except (EngineError, RequestError) as error:
             self.close()
             raise EngineError(f"vLLM can't serve {folder}: {error}") from None
@@ -176,21 +216,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """See `TextEngine.close`."""
-        if self._child is not None:
-            self._child.close()
-        self._child = None
+        super().close()
         self._facts = None
-
-    def __enter__(self) -> VllmEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _loaded(self) -> FolderFacts:
         if self._facts is None:
@@ -199,22 +226,13 @@ class VllmEngine:
 
     def _switch(self, facts: FolderFacts) -> None:
         try:
-            self._ask({"op": "switch", "folder": str(facts.path.resolve())}, timeout_s=_START_S)
+            self._ask({"op": "switch", "folder": str(facts.path.resolve())}, timeout_s=START_S)
         except EngineError as error:
             self.close()  # weights may be half old, half new: nothing may be served from them
             raise EngineError(
                 f"switching to {facts.path} failed, and the engine was closed: {error}"
             ) from None
         self._facts = facts
-
-    def _ask(self, question: Mapping[str, object], *, timeout_s: float | None) -> dict[str, object]:
-        if self._child is None:
-            raise EngineError("nothing is loaded; call load first")
-        answer = self._child.ask(question, timeout_s=timeout_s)
-        if "error" in answer:
-            message = str(answer["error"])
-            raise RequestError(message) if answer["kind"] == "request" else EngineError(message)
-        return answer
 
 
 def require_vllm() -> None:
