@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 QUEUE_METRIC: Final = "active_jobs"
@@ -45,27 +45,38 @@ class Burst:
     was gone within ``_NOTABLE_S`` is not taken for a sign of more.
 
     ``began_s``: when they became too few. ``most``: replicas that it deserved at its longest.
+    ``longest``: jobs that there were then.
     """
 
     began_s: float
     most: int
+    longest: float
+
+    def is_worth_more(self, num_active: float, now_s: float) -> bool:
+        """Say whether replicas that start now come before the others are through the queue."""
+        seconds, num_done = now_s - self.began_s, self.longest - num_active
+        is_soon_gone = num_active * seconds <= _HOLD_S * num_done
+        return seconds >= (2 * _HOLD_S if is_soon_gone else _HOLD_S)
 
 
 def replicas_now(
-    burst: Burst | None, *, wanted: int, present: int, now_s: float
+    burst: Burst | None, *, num_active: float, wanted: int, present: int, now_s: float
 ) -> tuple[int, Burst | None]:
     """Return how many replicas there should be now, and what to remember.
 
     Args:
         burst: what was remembered.
+        num_active: jobs queued and running.
         wanted: see `replicas_for`.
         present: replicas that there should be so far.
         now_s: seconds of a clock.
     """
     if wanted > present:
-        began_s, most = (now_s, 0) if burst is None else (burst.began_s, burst.most)
-        now = Burst(began_s=began_s, most=max(most, wanted))
-        return (now.most, None) if now_s - began_s >= _HOLD_S else (present, now)
+        burst = burst or Burst(began_s=now_s, most=0, longest=0)
+        burst = replace(
+            burst, most=max(burst.most, wanted), longest=max(burst.longest, num_active)
+        )
+        return (burst.most, None) if burst.is_worth_more(num_active, now_s) else (present, burst)
     if burst is not None and now_s - burst.began_s >= _NOTABLE_S:
         return max(burst.most, wanted), None
     return wanted, None
@@ -116,14 +127,16 @@ class QueuePolicy:
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Return the wanted number of replicas, and what to be told the next time."""
         reported: Mapping[object, Iterable[Any]] = (context.raw_metrics or {}).get(QUEUE_METRIC, {})
+        num_active = newest(reported.values())
         wanted = replicas_for(
-            newest(reported.values()),
+            num_active,
             jobs_per_replica=self._jobs_per_replica,
             lowest=context.capacity_adjusted_min_replicas,
             highest=context.capacity_adjusted_max_replicas,
         )
         replicas, burst = replicas_now(
             context.policy_state.get(_STATE),
+            num_active=num_active,
             wanted=wanted,
             present=context.target_num_replicas,
             now_s=context.current_time,

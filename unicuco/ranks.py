@@ -42,6 +42,7 @@ _INT16_COLUMNS: Final = torch.iinfo(torch.int16).max
 _SORT_CHUNK: Final = 1 << 22
 # Weights cut at a time: the mask then stays in the cache (measured best of 2^14 .. 2^18 and whole).
 _CUT_CHUNK: Final = 1 << 18
+_SERIAL_CHUNK: Final = 1 << 15  # up to so many elements torch works in the calling thread alone
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -210,6 +211,7 @@ def cut(
     *,
     rows: Tensor | None = None,
     out: Tensor | None = None,
+    parallel: bool = True,
 ) -> Tensor:
     """Zero the first ``num_dropped`` weights in drop order; all others stay as they are to the bit.
 
@@ -223,6 +225,8 @@ def cut(
         rows: the site's offsets of a `RowRule`; none: rows drop equally.
         out: where to write, of ``weight``'s shape and dtype; may be ``weight`` itself. Default: a
             new tensor.
+        parallel: whether torch's other threads may help. They spin when they have nothing to do,
+            which costs more than they bring where somebody else needs the cores.
 
     Returns:
         ``out``, or the new tensor.
@@ -237,7 +241,8 @@ def cut(
     bits = _BITS[weight.element_size()]
     source, target = weight.detach().view(bits), result.detach().view(bits)
     sign = 8 * rank.element_size() - 1
-    step = weight.shape[0] if weight.is_cuda else max(1, _CUT_CHUNK // max(1, weight.shape[1]))
+    chunk = _CUT_CHUNK if parallel else _SERIAL_CHUNK
+    step = weight.shape[0] if weight.is_cuda else max(1, chunk // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         part = slice(start, start + step)
         keep = torch.sub(highest_dropped[part], rank[part]).bitwise_right_shift_(sign)

@@ -63,18 +63,36 @@ def test_the_latest_report_counts_whoever_made_it() -> None:
     assert newest([[], []]) == newest([]) == 0
 
 
-def decisions(queue: list[int], *, every_s: float = 0.5, present: int = 1) -> list[int]:
-    """What is decided while the wanted number changes, every so often."""
+def decisions(
+    queue: list[int], *, jobs: list[int] | None = None, every_s: float = 0.5, present: int = 1
+) -> list[int]:
+    """What is decided while the wanted number changes, every so often; the jobs may stay many."""
     burst, told = None, []
-    for step, wanted in enumerate(queue):
+    for step, (wanted, num_active) in enumerate(
+        zip(queue, jobs or [64] * len(queue), strict=True)
+    ):
         now_s = 100 + step * every_s
-        present, burst = replicas_now(burst, wanted=wanted, present=present, now_s=now_s)
+        present, burst = replicas_now(
+            burst, num_active=num_active, wanted=wanted, present=present, now_s=now_s
+        )
         told.append(present)
     return told
 
 
 def test_a_queue_that_stays_is_given_replicas_after_three_seconds() -> None:
     assert decisions([1, 4, 4, 4, 4, 4, 4, 4, 4]) == [1] * 7 + [4] * 2
+
+
+def test_a_queue_that_is_gone_sooner_than_replicas_start_is_left_to_those_there_are() -> None:
+    soon_gone = [64, 56, 48, 40, 32, 24, 16, 8, 4, 0]
+    wanted = [4, 4, 4, 4, 4, 4, 4, 2, 1, 1]
+    assert decisions(wanted, jobs=soon_gone) == [1] * 8 + [4, 1]
+    slow = [64, 62, 60, 58, 56, 54, 52, 50]
+    assert decisions([4] * 8, jobs=slow) == [1] * 6 + [4] * 2
+
+
+def test_a_queue_that_begins_to_stay_is_given_replicas_then() -> None:
+    assert decisions([4] * 14, jobs=[64, 44, 24, *[20] * 11]) == [1] * 12 + [4] * 2
 
 
 def test_replicas_that_a_burst_deserved_are_started_after_it() -> None:

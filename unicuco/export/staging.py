@@ -24,13 +24,16 @@ from unicuco.errors import StorageError, UnicucoError, VariantError
 _SUFFIX: Final = ".part"
 _ASIDE: Final = ".old"
 _READ_BYTES: Final = 1 << 20  # at a time, of a file that is being hashed
+_SYNC_BYTES: Final = 2 << 20  # that wait for the disk at least before it is asked to take them
+_SYNC_SHARE: Final = 1 / 8  # of the file, for large ones: a disk may need milliseconds each time
 
 
 class HashedFile:
     """A new file whose sha256 is known when it is closed; `staged_folder` brings it to the disk.
 
-    A second thread reads the file back while it grows and hashes it, for hashing takes longer than
-    cutting and writing together; and the disk gets the data while the last of it is hashed.
+    A second thread reads a large file back while it grows and hashes it, for hashing takes longer
+    than cutting and writing together. It brings to the disk what it has hashed, too, so that little
+    is left to do at the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +43,7 @@ class HashedFile:
         self._is_complete = False
         self._changed = threading.Condition()  # over the two above
         self._digest = hashlib.sha256()
-        self._hasher = threading.Thread(target=self._hash, name="unicuco-hash", daemon=True)
+        self._hasher: threading.Thread | None = None
         self._error: OSError | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -52,9 +55,11 @@ class HashedFile:
         with self._changed:
             self._num_written += num_bytes
             self._changed.notify()
+        if self._hasher is None and self._num_written > _READ_BYTES:
+            self._hasher = threading.Thread(target=self._hash, name="unicuco-hash", daemon=True)
+            self._hasher.start()
 
     def __enter__(self) -> HashedFile:
-        self._hasher.start()
         return self
 
     def __exit__(
@@ -67,10 +72,13 @@ class HashedFile:
             with self._changed:
                 self._is_complete = True
                 self._changed.notify()
-            if kind is None and self._num_written > _READ_BYTES:
+            if self._hasher is None:
+                self._hash()
+            elif kind is None:
                 os.fsync(self._descriptor)
         finally:
-            self._hasher.join()
+            if self._hasher is not None:
+                self._hasher.join()
             os.close(self._descriptor)
         if self._error is not None and kind is None:
             raise self._error
@@ -80,8 +88,8 @@ class HashedFile:
         return self._digest.hexdigest()
 
     def _hash(self) -> None:
-        buffer = memoryview(bytearray(_READ_BYTES))
-        position = 0
+        buffer = memoryview(bytearray(min(_READ_BYTES, self._num_written)))
+        position = synced = 0
         try:
             while missing := self._wait_for_more(position):
                 count = os.preadv(self._descriptor, [buffer[:missing]], position)
@@ -89,6 +97,9 @@ class HashedFile:
                     raise OSError(errno.EIO, f"{self._path} was cut short while it was written")
                 self._digest.update(buffer[:count])
                 position += count
+                if position - synced >= max(_SYNC_BYTES, position * _SYNC_SHARE):
+                    os.fsync(self._descriptor)
+                    synced = position
         except OSError as error:
             self._error = error
 

@@ -76,7 +76,9 @@ class _SiteCut:
     def apply(self, weight: Tensor) -> None:
         """Cut an ``o x i`` matrix in place."""
         if self.levels is None:
-            cut(weight, self.rank, self.num_dropped, rows=self.rows, out=weight)
+            cut(  # another thread hashes meanwhile
+                weight, self.rank, self.num_dropped, rows=self.rows, out=weight, parallel=False
+            )
         else:
             pruner = LevelPruner(self.levels, {self.site.path: weight})
             weight.copy_(pruner.materialise(self.site, self.num_dropped))
