@@ -48,10 +48,11 @@ from unicuco.engines import (
     VllmOptions,
 )
 from unicuco.errors import RequestError, UnicucoError
-from unicuco.export.document import DOCUMENT_NAME
+from unicuco.export.document import DOCUMENT_NAME, VariantDocument
 from unicuco.models import resolve_model
 from unicuco.packing import check_base, read_header, read_small_files
 from unicuco.pipeline.files import load_json
+from unicuco.types import ServedAs
 
 _log = logging.getLogger("ray.serve")
 
@@ -286,12 +287,14 @@ class Models:
         try:
             if found.is_file():
                 now = found.stat()
-                digest = _container_digest(found, now.st_mtime_ns, now.st_size, base)
+                digest, document = _of_container(found, now.st_mtime_ns, now.st_size, base)
             else:
-                digest = hashlib.sha256((found / DOCUMENT_NAME).read_bytes()).hexdigest()
+                document = (found / DOCUMENT_NAME).read_bytes()
+                digest = hashlib.sha256(document).hexdigest()
         except OSError:
             raise UnknownModelError(f"no variant is called {str(name)!r}") from None
-        return Target(folder=found, digest=digest, family=base)
+        family = base if _is_mask(document) else f"{base}:{digest}"
+        return Target(folder=found, digest=digest, family=family)
 
     def _texts_of(self, target: Target) -> Texts:
         texts = self._texts.get(target.digest) or _read_texts(target.folder)
@@ -319,15 +322,27 @@ class Models:
 
 
 @functools.lru_cache(maxsize=_MOST_TEXTS)  # a large model's header takes a while
-def _container_digest(file: Path, mtime_ns: int, num_bytes: int, base: str) -> str:
-    """Return what names a container's contents, as the file is now.
+def _of_container(file: Path, mtime_ns: int, num_bytes: int, base: str) -> tuple[str, bytes]:
+    """Return what names a container's contents, as the file is now, and its strategy.json.
 
     Raises:
         ContainerError: it is damaged as far as the header tells, or of another base model.
     """
     header = read_header(file)
     check_base(header, base, str(file))
-    return header.digest
+    return header.digest, read_small_files(file).get(DOCUMENT_NAME, b"")
+
+
+@functools.lru_cache(maxsize=_MOST_TEXTS)
+def _is_mask(document: bytes) -> bool:
+    """Say whether a variant has its base's shapes and types; the others load in engines anew.
+
+    Of one that can't be read nothing is said here: the engine that is to load it says it.
+    """
+    try:
+        return VariantDocument.parse(document.decode()).plan.served_as is ServedAs.MASK
+    except ValueError:
+        return True
 
 
 def _read_texts(model: Path) -> Texts:

@@ -8,7 +8,9 @@ do not thrash, and with v variants waiting on e engines none waits longer than `
 ⌈v / e⌉ times the longest request and a switch.
 
 Engines start when a variant has nowhere to go, or no room, and stop after ``idle_stop_s`` with
-nothing to do, as long as more than ``min_engines`` run.
+nothing to do, as long as more than ``min_engines`` run. A variant of another family than an
+engine's can't be switched to in place: it is loaded anew, which takes as long as a start. So it
+gets an engine of its own while there is one that does not run, else the one idle for longest.
 
 Time comes in with every call, so everything here is tested without a clock. What this module does
 not know: Ray, vLLM, texts, asyncio. A variant is any string that names contents, not a place.
@@ -38,7 +40,8 @@ class QueueFullError(Exception):
 class Ticket:
     """One request that wants an engine.
 
-    ``family`` is what variants share that can be switched in place (their base model); ``size`` is
+    ``family`` is what variants share that can be switched in place (masks of one base model do, a
+    variant of other shapes or types shares it with none); ``size`` is
     how many sequences it runs at once; ``tries`` how many engines it has lost.
     """
 
@@ -81,13 +84,14 @@ Action = Start | Switch | Stop
 class _Engine:
     """``variant`` is none without a process; ``going_to`` is set in a switch.
 
-    ``idle_since_s``: when it last had something to do.
+    ``is_loading``: the switch is none in place. ``idle_since_s``: when it last had something to do.
     """
 
     number: int
     variant: str | None = None
     family: str = ""
     going_to: str | None = None
+    is_loading: bool = False
     claimed_by: str | None = None
     turn_began_s: float = -math.inf
     idle_since_s: float = math.inf
@@ -108,6 +112,10 @@ class _Engine:
     def has_process(self) -> bool:
         """Whether it runs, or is being started."""
         return self.variant is not None or self.going_to is not None
+
+    def is_of(self, family: str) -> bool:
+        """Whether it can be switched to that family's variants in place."""
+        return self.variant is not None and self.family == family
 
 
 class Scheduler:
@@ -222,7 +230,7 @@ class Scheduler:
         state = self._engines[engine]
         if state.variant is not None or not state.is_idle:
             return []
-        state.going_to = variant
+        state.going_to, state.is_loading = variant, True
         return [Switch(engine=engine, variant=variant, family=family)]
 
     def next(self, now_s: float) -> list[Action]:
@@ -299,8 +307,9 @@ class Scheduler:
         return [variant for variant in self._waiting if variant in served and variant not in going]
 
     def _switch(self, engine: _Engine, variant: str) -> Switch:
-        engine.going_to, engine.claimed_by = variant, None
         family = self._waiting[variant][0].family
+        engine.is_loading = not engine.is_of(family)
+        engine.going_to, engine.claimed_by = variant, None
         return Switch(engine=engine.number, variant=variant, family=family)
 
     @staticmethod
@@ -311,11 +320,11 @@ class Scheduler:
 
     @staticmethod
     def _switched_to(engine: _Engine) -> str | None:
-        """Where a running engine is going; one that is only being started takes too long to count.
+        """Where an engine is going in place; one that is only loading takes too long to count.
 
         It still takes part, once it is there.
         """
-        return engine.going_to if engine.variant is not None else None
+        return None if engine.is_loading else engine.going_to
 
     def _release_claims(self) -> None:
         """Drop the claims of variants whose requests were withdrawn or found another engine."""
@@ -324,24 +333,25 @@ class Scheduler:
                 engine.claimed_by = None
 
     def _free_engine(self, variant: str) -> _Engine | None:
-        """An engine to switch now: its own claim, then the one idle for longest, then a new one.
+        """An engine to switch now: its own claim, then what costs least.
 
-        One start is enough: a variant for which an engine is being started waits for it, or for a
-        running one to become free.
+        One load is enough: a variant for which an engine is loading waits for it, or for one to
+        become free that is switched in place.
         """
+        family = self._waiting[variant][0].family
         idle = [engine for engine in self._engines if engine.is_idle]
         for engine in idle:
             if engine.claimed_by == variant:
                 return engine
         free = [engine for engine in idle if engine.claimed_by is None]
         if any(engine.going_to == variant for engine in self._engines):
-            free = [engine for engine in free if engine.variant is not None]
+            free = [engine for engine in free if engine.is_of(family)]
         return min(free, key=lambda engine: self._cost(engine, variant), default=None)
 
     def _cost(self, engine: _Engine, variant: str) -> tuple[bool, bool, float]:
-        """What a switch costs: a start, then a load, then somebody's turn."""
-        is_strange = engine.family != self._waiting[variant][0].family
-        return engine.variant is None, is_strange, engine.turn_began_s
+        """What a switch costs: a load, then what the engine had loaded, then somebody's turn."""
+        is_switched_in_place = engine.is_of(self._waiting[variant][0].family)
+        return not is_switched_in_place, engine.variant is not None, engine.turn_began_s
 
     def _is_starved(self, variant: str, now_s: float) -> bool:
         has_claim = any(engine.claimed_by == variant for engine in self._engines)

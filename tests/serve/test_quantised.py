@@ -118,3 +118,12 @@ def test_engines_load_quantised_variants_anew_and_switch_between_masks(
         return starts
 
     assert asyncio.run(work()) == [1, 1, 1, 2, 3, 4]
+
+    async def with_an_engine_of_its_own() -> list[int]:
+        two = [StreamingEcho(), StreamingEcho()]
+        models = Models(config, lambda config: two)
+        for name in ("run", "bits:bytes", "run:more", "bits:bytes", "run:less"):
+            assert isinstance((await talk(models, call(name)))[0], Began)
+        return [engine.starts for engine in two]
+
+    assert asyncio.run(with_an_engine_of_its_own()) == [1, 1]

@@ -101,6 +101,36 @@ def test_an_engine_of_the_same_base_model_is_preferred() -> None:
     assert scheduler.next(0.0) == [Switch(engine=1, variant="q", family="qwen")]
 
 
+def test_a_variant_that_loads_anew_gets_an_engine_of_its_own_while_there_is_one() -> None:
+    scheduler = make(2)
+    scheduler.warm(0, "mask", "base")
+    scheduler.switched(0, "mask", "base", 0.0)
+    for number, variant in enumerate(("narrow", "short")):
+        scheduler.submit(Ticket(number=number, variant=variant, family=variant, arrived_s=1.0))
+    assert scheduler.next(1.0) == [
+        Switch(engine=1, variant="narrow", family="narrow"),
+        Switch(engine=0, variant="short", family="short"),  # there is no other
+    ]
+
+
+def test_what_loads_anew_is_loaded_once_and_in_place_counts_only_within_a_family() -> None:
+    scheduler = make(2)
+    for number, family in enumerate(("base", "narrow")):
+        scheduler.warm(number, family, family)
+        scheduler.switched(number, family, family, 0.0)
+    scheduler.submit(Ticket(number=1, variant="base", family="base", arrived_s=1.0))
+    (started,) = scheduler.next(1.0)
+    assert started.engine == 0
+    scheduler.submit(Ticket(number=2, variant="mask", family="base", arrived_s=2.0))
+    assert scheduler.next(2.0) == [Switch(engine=1, variant="mask", family="base")]
+    scheduler.finished(1, 3.0)  # free before the other one has loaded
+    assert scheduler.next(3.0) == [Switch(engine=0, variant="mask", family="base")]
+    scheduler.submit(Ticket(number=3, variant="short", family="short", arrived_s=4.0))
+    assert scheduler.next(4.0) == []  # nothing is idle
+    scheduler.switched(0, "mask", "base", 5.0)
+    assert scheduler.next(5.0)[0].engine == 0
+
+
 def test_a_busy_engine_keeps_its_variant_until_another_has_waited_long_enough() -> None:
     scheduler = serving(make(patience_s=10.0), "a")
     scheduler.submit(ticket(1, "a", 0.0))
