@@ -73,9 +73,7 @@ def replicas_now(
     """
     if wanted > present:
         burst = burst or Burst(began_s=now_s, most=0, longest=0)
-        burst = replace(
-            burst, most=max(burst.most, wanted), longest=max(burst.longest, num_active)
-        )
+        burst = replace(burst, most=max(burst.most, wanted), longest=max(burst.longest, num_active))
         return (burst.most, None) if burst.is_worth_more(num_active, now_s) else (present, burst)
     if burst is not None and now_s - burst.began_s >= _NOTABLE_S:
         return max(burst.most, wanted), None

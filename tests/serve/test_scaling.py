@@ -68,9 +68,7 @@ def decisions(
 ) -> list[int]:
     """What is decided while the wanted number changes, every so often; the jobs may stay many."""
     burst, told = None, []
-    for step, (wanted, num_active) in enumerate(
-        zip(queue, jobs or [64] * len(queue), strict=True)
-    ):
+    for step, (wanted, num_active) in enumerate(zip(queue, jobs or [64] * len(queue), strict=True)):
         now_s = 100 + step * every_s
         present, burst = replicas_now(
             burst, num_active=num_active, wanted=wanted, present=present, now_s=now_s
