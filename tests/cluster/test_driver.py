@@ -104,6 +104,7 @@ def test_replicas_share_the_arrays_read_only_and_have_their_own_threads(
     assert len(places) == 2, "both replicas worked"
 
 
+@pytest.mark.slow
 def test_two_backends_beside_each_other_get_all_their_replicas() -> None:
     with backend(2) as first, backend(2) as second:
         pools = [first.start(BowlConfig(), ARRAYS, 4)[1], second.start(BowlConfig(), ARRAYS, 4)[1]]
@@ -132,6 +133,7 @@ def test_a_pool_that_is_closed_says_so_to_whoever_waits() -> None:
                 pool.next_outcome()
 
 
+@pytest.mark.slow
 def test_an_evaluator_that_can_not_be_built_is_one_line(store: EvaluationStore) -> None:
     for refuse, error, message in (
         ("model", ModelError, "^the model is none$"),

@@ -111,6 +111,7 @@ def case(tiny_llama: Path) -> EvaluationCase:
     return make_evaluation_case(tiny_llama)
 
 
+@pytest.mark.slow
 def test_a_strategy_that_fails_in_one_stage_is_a_value_and_others_go_on(
     case: EvaluationCase,
 ) -> None:
@@ -145,6 +146,7 @@ class FailingStage(StageEvaluator):
         return super().forward(ask, relay)
 
 
+@pytest.mark.slow
 def test_a_stage_that_can_not_be_built_is_its_own_line(
     case: EvaluationCase, tmp_path: Path
 ) -> None:

@@ -332,6 +332,7 @@ def test_a_link_out_of_the_root_is_no_variant(
     assert (tmp_path / "strategy.json").exists()
 
 
+@pytest.mark.slow
 def test_nothing_random_brings_the_service_down(client: httpx.Client) -> None:
     import schemathesis
     from hypothesis import HealthCheck, Phase, settings

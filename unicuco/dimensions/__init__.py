@@ -105,6 +105,13 @@ def any_narrows(dimensions: Sequence[str]) -> bool:
     return any(DIMENSIONS[name].narrows for name in dimensions)
 
 
+def have_slopes(profile: ModelProfile, dimensions: Sequence[str]) -> bool:
+    """Say whether the KL's derivative along every axis is known from one backward pass."""
+    shrinks = any(DIMENSIONS[name].served_as is ServedAs.SHRINK for name in dimensions)
+    known = all(DIMENSIONS[name].has_slopes for name in dimensions)
+    return known and (bool(profile.parts) or not shrinks)
+
+
 __all__ = [
     "DIMENSIONS",
     "ByteCost",
@@ -116,5 +123,6 @@ __all__ = [
     "build_cost",
     "build_space",
     "check_dimensions",
+    "have_slopes",
     "parts_of",
 ]

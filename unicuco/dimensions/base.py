@@ -59,7 +59,9 @@ class Dimension(Protocol):
 
     ``must_follow`` names the dimensions that are applied before this one, ``apart_from`` those that
     it can't be learned with; ``narrows`` says that parts lose some of their units, or of what is
-    inside them. Subclasses say what they do; what they leave out changes nothing.
+    inside them; ``has_slopes`` that the KL's derivative along its axes is known from one backward
+    pass, where the model has parts. Subclasses say what they do; what they leave out changes
+    nothing.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Dimension(Protocol):
     must_follow: frozenset[str]
     apart_from: frozenset[str] = frozenset()
     narrows: bool = False
+    has_slopes: bool = False
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:
         """Return the dimension's axes in order.

@@ -33,6 +33,7 @@ class Depth(Dimension):
     name = "depth"
     served_as = ServedAs.SHRINK
     must_follow: frozenset[str] = frozenset()
+    has_slopes = True
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:
         """Return one choice per block, or per part in part order."""

@@ -26,6 +26,7 @@ class Sparsity(Dimension):
     name = "sparsity"
     served_as = ServedAs.MASK
     must_follow: frozenset[str] = frozenset({"depth", "width"})
+    has_slopes = True
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:
         """Return one axis per site in site order, or per block in block order, counting weights."""

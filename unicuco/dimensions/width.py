@@ -33,6 +33,7 @@ class Width(Dimension):
     name = "width"
     served_as = ServedAs.SHRINK
     must_follow: frozenset[str] = frozenset({"depth"})
+    has_slopes = True
     narrows = True
 
     def axes(self, profile: ModelProfile, granularity: Granularity) -> list[Axis]:

@@ -2,7 +2,8 @@
 
 A strategy is cut from the dense weights and the rank store into the working copy (one pass over the
 weights), the search text runs through it, and its KL to the cached dense predictions is averaged
-over tokens; with derivatives, a backward pass gives the rank-window derivative along every axis.
+over tokens; with derivatives, a backward pass gives the derivative along every axis: of sparsity by
+rank windows, of shapes as `unicuco.evaluate.shape_slopes` says.
 Dense weights, ranks, text and dense predictions may be read-only arrays shared by all evaluators of
 a node. Computation is in float32.
 
@@ -12,6 +13,9 @@ What it does not know: why a strategy is asked, and where it stands in a run.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -23,24 +27,27 @@ from unicuco.errors import RequestError
 from unicuco.evaluate.arrays import Arrays, reference_of, state_of, unpack, working_copy
 from unicuco.evaluate.measure import (
     EvaluatorConfig,
+    by_axis,
     check_derivatives,
     conclude,
     groups_of,
     windows_of,
 )
+from unicuco.evaluate.shape_slopes import Change, neighbours, shape_slope
 from unicuco.evaluate.sites import SiteWeights
-from unicuco.importance.units import UnitStore
-from unicuco.models import site_module
+from unicuco.importance.units import UnitStore, last_sites
+from unicuco.models import gate, site_module
 from unicuco.models.kv_cache import RoundedCache
 from unicuco.objectives import DenseReference
 from unicuco.rows import RowRule
-from unicuco.space import Narrowing
+from unicuco.space import Narrowing, Shape
 from unicuco.types import Evaluation, Site, Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNKNOWN: Final = -1  # dropped weights of a site whose cut did not end
+_OPENED: Final = Narrowing(units=-1)  # what a site has lost whose lost lines are there again
 _WINDOWS_PER_PASS: Final = 1  # more are no faster, and need more memory for activations
 
 
@@ -86,6 +93,7 @@ class LocalEvaluator:
         self._bits: dict[str, int] = dict.fromkeys((site.path for site in sites), 16)
         self._kv_bits: tuple[int, ...] = ()
         self._rows: dict[str, Tensor | None] = {}
+        self._gates: dict[int, Tensor] = {}
 
     @classmethod
     def from_arrays(cls, config: EvaluatorConfig, arrays: Arrays) -> LocalEvaluator:
@@ -106,7 +114,7 @@ class LocalEvaluator:
             strategy: of the space that the configuration describes.
             tokens: use only the text's first windows, at least this many tokens, or the first
                 tokens of its first window; none: all.
-            derivatives: also return the derivative of the KL along every axis (sparsity axes only).
+            derivatives: also return the derivative of the KL along every axis.
             rows: how a site's dropped weights are spread over its rows; none: equally.
 
         Returns:
@@ -114,8 +122,8 @@ class LocalEvaluator:
 
         Raises:
             EvaluationError: the KL or a derivative is not finite.
-            ValueError: derivatives are asked of a space with other axes than sparsity, under a row
-                rule or of levels, or a row rule of levels.
+            ValueError: derivatives are asked of a space with axes that have none, under a row rule
+                or of levels, or a row rule of levels.
         """
         if derivatives and rows is not None:
             raise ValueError("there are no derivatives under a row rule or of levels")
@@ -127,11 +135,13 @@ class LocalEvaluator:
         is_whole = ids.numel() == self._ids.numel()
         kl_sums: list[float] = []
         slopes: list[list[float]] = []
-        for group in groups_of(self.config, len(ids), is_whole=is_whole):
-            windows = ids[group.first : group.first + group.count]
-            kl_sums += self._run(windows, derivatives, first_window=group.first)
-            if derivatives:
-                slopes.append(self._slopes())
+        num_dropped = sum(self._dropped.values())
+        with self._opened(strategy.values) if derivatives else nullcontext():
+            for group in groups_of(self.config, len(ids), is_whole=is_whole):
+                windows = ids[group.first : group.first + group.count]
+                kl_sums += self._run(windows, derivatives, first_window=group.first)
+                if derivatives:
+                    slopes.append(self._slopes(strategy.values))
         return conclude(
             self.config,
             strategy,
@@ -139,7 +149,7 @@ class LocalEvaluator:
             text_tokens=self._ids.numel(),
             kl_sums=kl_sums,
             slopes=slopes,
-            num_dropped=sum(self._dropped.values()),
+            num_dropped=num_dropped,
             wall_s=time.perf_counter() - started,
         )
 
@@ -208,6 +218,35 @@ class LocalEvaluator:
                 self._bits[path] = own
         self._cost.apply(self._model, strategy.values)
 
+    @contextmanager
+    def _opened(self, values: Sequence[float]) -> Iterator[None]:
+        """Let what is gone run on, behind zeros, while the block runs; see `shape_slopes`."""
+        by_path = {site.path: site for site in self.config.profile.sites}
+        shape = self._cost.shape(tuple(values))
+        for p, less in shape.narrowed:
+            part = self._cost.parts[p]
+            for path in part.sites[:-1]:
+                # The next strategy writes these anew, whatever it loses there.
+                self._dropped[path], self._lost[path] = _UNKNOWN, _OPENED
+                module = site_module(self._model, by_path[path])
+                bias = module.bias.data if isinstance(module.bias, nn.Parameter) else None
+                weight = _weight(self._model, by_path[path]).data
+                self._sites.reopen(by_path[path], part, less, weight, bias)
+        for p in shape.parts:
+            for path in self._cost.parts[p].sites:
+                self._dropped[path] = _UNKNOWN
+                self._cut(by_path[path], 0, None)
+        with ExitStack() as hooks:
+            if "depth" in self.config.dimensions:
+                self._cost.apply(self._model, [0.0] * len(values))  # gates remove them instead
+                for p, part in enumerate(self._cost.parts):
+                    factor = torch.tensor(float(p not in shape.parts), requires_grad=True)
+                    self._gates[p] = factor
+                    module = self._model.get_submodule(part.path)
+                    hooks.callback(gate(module, factor).remove)
+            yield
+        self._gates.clear()
+
     def _logits(self, windows: Tensor) -> Tensor:
         """Return the ``t x v`` logits of ``n x context`` windows at the present strategy."""
         if all(bits == 16 for bits in self._kv_bits):
@@ -239,8 +278,10 @@ class LocalEvaluator:
         """
         for site in self.config.profile.sites:
             weight = _weight(self._model, site)
-            weight.requires_grad_(derivatives)
+            weight.requires_grad_(derivatives and site.path in self._sloped)
             weight.grad = None
+        for factor in self._gates.values():
+            factor.grad = None
         sums: list[float] = []
         position = first_window * self._ids.shape[1]
         for windows in ids.split(_WINDOWS_PER_PASS):
@@ -253,12 +294,71 @@ class LocalEvaluator:
             position += len(logits)
         return sums
 
-    def _slopes(self) -> list[float]:
-        """Return dKL/ds of every site."""
-        return [
-            self._sites.slope(site, _weight(self._model, site).grad, self._dropped[site.path])
-            for site in self.config.profile.sites
-        ]
+    @cached_property
+    def _sloped(self) -> frozenset[str]:
+        """The sites whose gradients derivatives are made of."""
+        if "sparsity" in self.config.dimensions:
+            return frozenset(site.path for site in self.config.profile.sites)
+        return frozenset(last_sites(self.config.profile).values())
+
+    def _slopes(self, values: Sequence[float]) -> list[float]:
+        """Return dKL/ds along every axis."""
+        slopes: list[float] = []
+        for dimension in self._cost.dimensions:
+            axes = dimension.axes(self.config.profile, self.config.granularity)
+            if not any(axis.is_shape for axis in axes):
+                slopes += by_axis(self.config, self._site_slopes(values))
+                continue
+            for axis in axes:
+                steps = neighbours(self._cost, values, len(slopes), axis)
+                slopes.append(shape_slope(steps, self._gates, self._change))
+        return slopes
+
+    def _site_slopes(self, values: Sequence[float]) -> list[float]:
+        """Return dKL/ds of every site's sparsity; 0 where the site is gone."""
+        sites = self.config.profile.sites
+        shape = self._cost.shape(tuple(values))
+        narrowed = dict(shape.narrowed)
+        slopes = []
+        for site, zeroed in zip(sites, shape.zeroed, strict=True):
+            p, gradient = self._part_of[site.path], _weight(self._model, site).grad
+            if p in shape.parts:
+                slopes.append(0.0)
+            elif p in narrowed:
+                part = self._cost.parts[p]
+                slopes.append(self._sites.slope_narrowed(site, part, narrowed[p], gradient, zeroed))
+            else:
+                slopes.append(self._sites.slope(site, gradient, zeroed))
+        return slopes
+
+    def _last_matrix(self, p: int, shape: Shape) -> Tensor:
+        """Return the last matrix of a part in a shape, as it is stored, zeros where it has none."""
+        part = self._cost.parts[p]
+        position = self._position[part.sites[-1]]
+        site = self.config.profile.sites[position]
+        matrix = torch.zeros_like(_weight(self._model, site).data)
+        less = dict(shape.narrowed).get(p, Narrowing())
+        if less:
+            self._sites.narrow(site, part, less, shape.zeroed[position], matrix)
+        else:
+            self._sites.cut(site, shape.zeroed[position], matrix)
+        return matrix
+
+    def _change(self, p: int, old: Shape, new: Shape) -> Change:
+        """Return what the KL does as a part's last matrix changes."""
+        part = self._cost.parts[p]
+        site = self.config.profile.sites[self._position[part.sites[-1]]]
+        gradient = _weight(self._model, site).grad
+        assert gradient is not None, "gradients follow a run with derivatives"
+        change = self._last_matrix(p, new) - self._last_matrix(p, old)
+        return Change(
+            first=float((gradient * change).sum()),
+            second=self._sites.curvature(site, part, change),
+        )
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {site.path: k for k, site in enumerate(self.config.profile.sites)}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Final
 
 from torch import Tensor
 
-from unicuco.dimensions import Granularity
+from unicuco.dimensions import Granularity, have_slopes
 from unicuco.errors import EvaluationError
 from unicuco.models.weights import WeightSource
 from unicuco.types import Evaluation, ModelProfile, Strategy, TaskValue
@@ -63,13 +63,13 @@ def check_derivatives(config: EvaluatorConfig) -> None:
     """Refuse derivatives where there are none.
 
     Raises:
-        ValueError: sites come from levels, or there are other axes than sparsity.
+        ValueError: sites come from levels, or the KL has no derivative along some axes.
     """
     if config.levels:
         raise ValueError("there are no derivatives under a row rule or of levels")
-    if config.dimensions != ("sparsity",):
+    if not have_slopes(config.profile, config.dimensions):
         raise ValueError(
-            f"only sparsity has derivatives, the axes are {', '.join(config.dimensions)}"
+            f"there are no derivatives along axes of {', '.join(config.dimensions)} of this model"
         )
 
 
@@ -114,7 +114,7 @@ def conclude(
         windows: how many windows were run, and tokens in each.
         text_tokens: of the whole text.
         kl_sums: every window's KL, summed over its tokens.
-        slopes: dKL/ds of every site in site order, per group of windows; empty: not asked for.
+        slopes: dKL/ds along every axis, per group of windows; empty: not asked for.
         num_dropped: weights that all sites together lost.
         wall_s: what it took.
 
@@ -127,7 +127,7 @@ def conclude(
     for k, group in enumerate(groups_of(config, count, is_whole=is_whole)):
         kl = sum(kl_sums[window] for window in group.windows) / (group.count * width)
         kl = max(kl, 0.0) if group.task else kl
-        gradient = _by_axis(config, slopes[k]) if slopes else None
+        gradient = tuple(slopes[k]) if slopes else None
         values.append(TaskValue(task=group.task, kl=kl, gradient=gradient))
     kl, gradient = _mean_of(values)
     if not all(map(math.isfinite, (kl, *(gradient or ())))):
@@ -157,11 +157,11 @@ def _mean_of(values: Sequence[TaskValue]) -> tuple[float, tuple[float, ...] | No
     return kl, tuple(sum(parts) / len(values) for parts in zip(*gradients, strict=True))
 
 
-def _by_axis(config: EvaluatorConfig, by_site: Sequence[float]) -> tuple[float, ...]:
-    """Return dKL/ds along every axis; a block axis sums its sites."""
+def by_axis(config: EvaluatorConfig, by_site: Sequence[float]) -> list[float]:
+    """Return dKL/ds along every axis of sparsity, of every site's; a block axis sums its sites."""
     if config.granularity is Granularity.LAYER:
-        return tuple(by_site)
+        return list(by_site)
     by_block = [0.0] * config.profile.num_blocks
     for site, value in zip(config.profile.sites, by_site, strict=True):
         by_block[site.block] += value
-    return tuple(by_block)
+    return by_block

@@ -142,6 +142,65 @@ class SiteWeights:
             self._fisher[path],
         )
 
+    def slope_narrowed(
+        self, site: Site, part: Part, less: Narrowing, gradient: Tensor | None, num_zeroed: int
+    ) -> float:
+        """Return dKL/ds of a narrowed site, of whose remaining weights ``num_zeroed`` are zero.
+
+        Fisher sums are taken as if what went with the lines had been spread over all ranks.
+        """
+        assert gradient is not None, "gradients follow a run with derivatives"
+        assert self._units is not None, "a narrowed part has units"
+        dense = self._dense[site.path].float()
+        rows, columns, matrix = self._units.narrowed(part, less, site, dense)
+        own = oriented(gradient, site)
+        own = own if rows is None else own[rows]
+        own = own if columns is None else own[:, columns]
+        sums, width = self._fisher[site.path], matrix.shape[1]
+        places = torch.arange(width) * len(sums) // width
+        return site_derivative(
+            own,
+            matrix,
+            narrowed_rank(self._ranks[site.path], rows, columns),
+            num_zeroed,
+            sums[places] * (len(matrix) / len(dense)),
+        )
+
+    @torch.no_grad()
+    def curvature(self, site: Site, part: Part, change: Tensor) -> float:
+        """Return the second-order change of the KL, in nats per token, of a part's last matrix.
+
+        With M the second moment of its inputs and s the mean curvature to its outputs, that is
+        s / 2 times the trace of D M D^T; s is what makes the diagonal of this, for the dense matrix
+        itself, the Fisher sum over all its weights.
+
+        Args:
+            site: the part's last.
+            part: which.
+            change: D, as the module's matrix is stored.
+        """
+        assert self._units is not None, "a narrowed part has units"
+        moment, dense = self._units.moments[part.path], self._dense[site.path].float()
+        diagonal = float((moment.diagonal() * dense.square().sum(0)).sum())
+        scale = float(self._fisher[site.path].sum()) / diagonal if diagonal else 0.0
+        own = oriented(change, site).float()
+        return scale * float(((own @ moment) * own).sum())
+
+    @torch.no_grad()
+    def reopen(
+        self, site: Site, part: Part, less: Narrowing, target: Tensor, bias: Tensor | None
+    ) -> None:
+        """Give a narrowed site that feeds its part's last matrix the dense lines it has lost."""
+        assert self._units is not None, "a narrowed part has units"
+        rows, _ = self._units.kept_lines(part, less, site)
+        assert rows is not None, "the last matrix of a part loses columns"
+        gone = torch.ones(len(self._dense[site.path]), dtype=torch.bool)
+        gone[rows] = False
+        dense = self._dense[site.path]
+        oriented(target, site)[gone] = dense[gone].to(target.dtype)
+        if bias is not None:
+            bias[gone] = self._biases[site.path][gone].to(bias.dtype)
+
 
 def oriented(matrix: Tensor, site: Site) -> Tensor:
     """Return a module's matrix as the ``o x i`` view that everything else speaks of."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
-from unicuco.models.access import block_module, read_site, silence, site_module
+from unicuco.models.access import block_module, gate, read_site, silence, site_module
 from unicuco.models.folder import check_model_folder, model_digest, resolve_model, weight_files
 from unicuco.models.lean import import_lean
 
@@ -46,6 +46,7 @@ __all__ = [
     "block_module",
     "build_skeleton",
     "check_model_folder",
+    "gate",
     "load_model",
     "load_tokenizer",
     "model_digest",

@@ -31,6 +31,18 @@ def silence(module: nn.Module) -> RemovableHandle:
     return module.register_forward_hook(_zeroed)
 
 
+def gate(module: nn.Module, factor: Tensor) -> RemovableHandle:
+    """Multiply what a module adds to the residual stream by a scalar, until removed."""
+
+    # Any: as below.
+    def scaled(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] * factor, *output[1:])
+        return output * factor
+
+    return module.register_forward_hook(scaled)
+
+
 # Any: a module returns a tensor or a tuple that starts with it, whatever the family.
 def _zeroed(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, tuple):

@@ -22,8 +22,8 @@ ProgressSink = Callable[[Progress], None]
 
 # With derivatives, KL on test text falls no further after seven rounds of three on the reference
 # model (`python -m benchmarks.quality evaluations`): 21 evaluations at 3 units, and 24 units of
-# preparation and validation, are 87. Levels and shapes know values only and need more. The
-# published preset spends 110 on values (PAPERS.md, section 1b).
+# preparation and validation, are 87. Levels, removed parts and bits are learned from values only and
+# need more. The published preset spends 110 on values (PAPERS.md, section 1b).
 DEFAULT_EVALUATIONS: Final = {"default": 21, "paper": 110}
 _EVALUATIONS_OF_VALUES: Final = 81
 ROUNDINGS: Final = ("nearest", "gptq")  # of weight_bits
@@ -173,8 +173,11 @@ class LearnOptions:
         """Strategies to ask in all."""
         if self.evaluations is not None:
             return self.evaluations
-        knows_values_only = self.preset == "default" and (self.has_levels or not self.masks_only)
-        return _EVALUATIONS_OF_VALUES if knows_values_only else DEFAULT_EVALUATIONS[self.preset]
+        slopes = all(DIMENSIONS[name].has_slopes for name in self.dimensions)
+        knows_slopes = slopes and "depth" not in self.dimensions and not self.has_levels
+        if self.preset == "default" and not knows_slopes:
+            return _EVALUATIONS_OF_VALUES
+        return DEFAULT_EVALUATIONS[self.preset]
 
     @property
     def has_levels(self) -> bool:

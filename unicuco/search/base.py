@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from unicuco.allocate import AxisCurves
-from unicuco.dimensions import Granularity, build_space
+from unicuco.dimensions import Granularity, build_space, have_slopes
 from unicuco.search.screening import Screening
 from unicuco.space import StrategySpace
 from unicuco.stratnet import TrainOptions
@@ -62,8 +62,13 @@ class SearchConfig:
 
     @property
     def has_derivatives(self) -> bool:
-        """Whether derivatives are asked: only sparsity has them (`LocalEvaluator`)."""
-        return self.surrogate.directions > 0 and self.dimensions == ("sparsity",)
+        """Whether derivatives are asked: where every axis has them, and no parts are removed.
+
+        What a part costs as a whole is no matter of slopes: with it, thrice as many values serve
+        better.
+        """
+        known = have_slopes(self.profile, self.dimensions) and "depth" not in self.dimensions
+        return known and self.surrogate.directions > 0
 
     @property
     def screening(self) -> Screening | None:

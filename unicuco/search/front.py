@@ -11,6 +11,7 @@ What it does not know: how evaluations are run, and when to stop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -191,10 +192,21 @@ def _as_task(evaluation: Evaluation, number: int) -> Evaluation:
 def observe(
     space: StrategySpace, evaluations: Sequence[tuple[Strategy, Evaluation]]
 ) -> Observations:
-    """Turn evaluations into the surrogate's observations in unit coordinates."""
+    """Turn evaluations into the surrogate's observations in unit coordinates.
+
+    Along a yes-or-no axis the derivative says little of what lies between, so it is left out.
+    """
+    choices = [axis.is_choice for axis in space.axes]
     return Observations.from_measurements(
         space.encode([strategy for strategy, _ in evaluations]),
         torch.tensor([evaluation.kl for _, evaluation in evaluations], dtype=torch.float64),
-        [evaluation.gradient for _, evaluation in evaluations],
+        [
+            evaluation.gradient
+            and [
+                math.nan if is_choice else slope
+                for is_choice, slope in zip(choices, evaluation.gradient, strict=True)
+            ]
+            for _, evaluation in evaluations
+        ],
         space.span,
     )

@@ -1,7 +1,9 @@
 """Local search over shapes: the best strategy within a budget, as far as a judge can tell.
 
-From some starts, single steps and swaps (a step back here for a step there) as long as one of them
-is judged better and stays within the budget. Every move is judged in one batch. Axes that count
+From the best starts that remove different parts, single steps and swaps (a step back here for a
+step there) as long as one of them is judged better and stays within the budget: no chain of such
+moves, each within it, gives back a whole part for steps elsewhere. Every move is judged in one
+batch. Axes that count
 weights are not moved by themselves: they follow, shifted to the budget along their own path.
 
 What it does not know: what the judge is (a surrogate, or a measurement).
@@ -23,6 +25,7 @@ from unicuco.types import Strategy
 Judge = Callable[[Tensor], Tensor]  # ``c x d`` unit points -> ``c`` costs to lower
 
 _MAX_MOVES: Final = 60
+_DESCENTS: Final = 3  # from starts that remove different parts
 _MAX_CANDIDATES: Final = 512  # judged per move; more are sampled
 _MAX_SHARED: Final = 64  # likewise where counted axes must be shifted for each
 
@@ -40,6 +43,7 @@ class Neighbourhood:
         self._rest = rest
         axes = space.axes
         self._shapes = [a for a, axis in enumerate(axes) if axis.is_shape]
+        self._choices = [a for a in self._shapes if axes[a].is_choice]
         self._unit_step = 1 / (
             torch.tensor([axis.num_steps for axis in axes], dtype=torch.float64) * space.span
         )
@@ -67,7 +71,26 @@ class Neighbourhood:
         points = self._space.encode(starts)
         costs = judge(points)
         met = [(float(cost), point) for cost, point in zip(costs, points, strict=True)]
-        cost, point = min(met, key=lambda pair: pair[0])
+        best: dict[tuple[bool, ...], tuple[float, Tensor]] = {}
+        for cost, point in sorted(met, key=lambda pair: pair[0]):
+            best.setdefault(tuple((point[self._choices] > 0.5).tolist()), (cost, point))
+        for cost, point in [*best.values()][:_DESCENTS]:
+            met += self._descend(cost, point, budget, judge, generator, num_best)
+        ranked = [point for _, point in sorted(met, key=lambda pair: pair[0])]
+        strategies = self._space.exactly(torch.stack(ranked[: 4 * num_best]), budget)
+        return list({strategy.key: strategy for strategy in strategies}.values())[:num_best]
+
+    def _descend(
+        self,
+        cost: float,
+        point: Tensor,
+        budget: int,
+        judge: Judge,
+        generator: torch.Generator,
+        num_best: int,
+    ) -> list[tuple[float, Tensor]]:
+        """Return the best of every step down from a point, with what they cost."""
+        met: list[tuple[float, Tensor]] = []
         for _ in range(_MAX_MOVES):
             candidates = self._moves(point, budget, generator)
             if not len(candidates):
@@ -78,9 +101,7 @@ class Neighbourhood:
             if float(costs[order[0]]) >= cost - 1e-9:
                 break
             point, cost = candidates[order[0]], float(costs[order[0]])
-        ranked = [point for _, point in sorted(met, key=lambda pair: pair[0])]
-        strategies = self._space.exactly(torch.stack(ranked[: 4 * num_best]), budget)
-        return list({strategy.key: strategy for strategy in strategies}.values())[:num_best]
+        return met
 
     def _moves(self, point: Tensor, budget: int, generator: torch.Generator) -> Tensor:
         """Return ``c x d`` points one move away that are within the budget."""
@@ -108,10 +129,9 @@ class Neighbourhood:
 
     def _alive(self, points: Tensor) -> Tensor:
         """Say which of ``c`` points leave a part standing."""
-        choices = [a for a in self._shapes if self._space.axes[a].is_choice]
-        if not choices:
+        if not self._choices:
             return torch.ones(len(points), dtype=torch.bool)
-        return (points[:, choices] < 0.5).any(1)
+        return (points[:, self._choices] < 0.5).any(1)
 
 
 def _sample(points: Tensor, most: int, generator: torch.Generator) -> Tensor:

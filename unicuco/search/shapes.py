@@ -1,9 +1,10 @@
 """`ShapeSearch`: the default preset where variants have smaller shapes.
 
-A shape has no derivative to follow and few values, so values are asked, and neighbours judged by
-the surrogate. First every part alone: removed, or narrowed by half (of very many parts, some; the
-others are taken to cost what their neighbours do), and parts narrowed alike. The curves that this
-gives are the process' mean function: what parts cost alone. Then, for targets spread over the
+A shape has few values, so neighbours of what was measured are judged by the surrogate. First every
+part alone: removed, or narrowed by half (of very many parts, some; the others are taken to cost
+what their neighbours do), and parts narrowed alike. Where there are derivatives, these tell what
+the steps of a narrowed part cost, and only what has a few steps is asked alone. The curves that
+this gives are the process' mean function: what parts cost alone. Then, for targets spread over the
 learned range, the strategy that a local search (`unicuco.search.neighbours`) finds best by the
 surrogate's optimistic bound, and that was not asked before.
 
@@ -35,8 +36,11 @@ from unicuco.types import Ask, Evaluation, Outcome, Strategy
 _GOLDEN: Final = 0.6180339887498949  # multiples modulo 1 spread evenly, however many there are
 _SHIFT: Final = 0.7548776662466927  # between seeds; unrelated to the former (Roberts 2018)
 _MAX_ALONE: Final = 40  # parts that are judged alone
+_MAX_COARSE: Final = 8  # of them that are judged alone, where the others have derivatives
+_COARSE: Final = 4  # steps of an axis whose derivatives say little of the next one
 _ALIKE: Final = (0.06, 0.2, 0.4)  # of the learned range: where parts are narrowed alike
 _HALF: Final = 0.5  # how far a part is narrowed for that
+_HARD: Final = 0.9  # how far everything else is narrowed before a part is removed, in one start
 _DARING: Final = 1.0  # standard deviations taken off the mean while asking
 _CAUTION: Final = 0.5  # and added to it while teaching
 _CHOICES: Final = 16  # strategies per target, of which the first new one is asked
@@ -54,15 +58,24 @@ class ShapeSearch:
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
         self._space = config.space()
-        self._alone = first_strategies(self._space, config.sparsity_range)
+        self._alone = first_strategies(
+            self._space, config.sparsity_range, has_derivatives=config.has_derivatives
+        )
         self._history = History()
         self._told: dict[int, set[str]] = {}
         self._asked: dict[tuple[int, int], list[Strategy]] = {}
 
     def ask(self, round: int) -> list[Ask]:
-        """Return the strategies of a round; values only."""
+        """Return the strategies of a round; parts alone for their values only."""
+        alone = {strategy.key for strategy in self._alone if len(_active(strategy)) == 1}
+        derivatives = self.config.has_derivatives
         return [
-            Ask(round=round, position=position, strategy=strategy, derivatives=False)
+            Ask(
+                round=round,
+                position=position,
+                strategy=strategy,
+                derivatives=derivatives and strategy.key not in alone,
+            )
             for position, strategy in enumerate(self._strategies(round))
         ]
 
@@ -132,12 +145,15 @@ class _Teacher:
         self._config = config
         self._space = space
         curves = curves_of(config, space, evaluations)
-        self.surrogate = GaussianProcess(SurrogateOptions(directions=0), curves)
+        options = config.surrogate if config.has_derivatives else SurrogateOptions(directions=0)
+        self.surrogate = GaussianProcess(options, curves)
         self.surrogate.fit(observe(space, evaluations))
         self._alone = Fisher(AllocationContext(space=space, curves=curves))
         middle = sum(config.sparsity_range) / 2
         rest = self._alone.units([middle])[0].clamp(0.02, 0.98)
         self._neighbourhood = Neighbourhood(space, rest)
+        narrow = [_HARD * (not axis.is_choice) for axis in space.axes]
+        self._narrow = torch.tensor([narrow], dtype=torch.float64)
         self._measured = sorted(
             ((e.kl, space.cost.size_of(s.values), s) for s, e in evaluations),
             key=lambda item: item[0],
@@ -170,9 +186,10 @@ class _Teacher:
         budget = self._space.kept_for_sparsity(target)
         within = [s for _, kept, s in self._measured if kept <= budget][:_STARTS]
         (alone,) = self._alone.allocate([target])
+        narrow = self._space.decode_exact(self._narrow, [budget])  # removes nothing if it can
         judge = self._judge(deviations)
         return self._neighbourhood.improve(
-            [alone, self._space.uniform(target), *within, *starts],
+            [alone, self._space.uniform(target), *narrow, *within, *starts],
             budget,
             judge,
             generator,
@@ -233,19 +250,37 @@ def _teach(
         schedule.step()
 
 
-def first_strategies(space: StrategySpace, sparsity_range: tuple[float, float]) -> list[Strategy]:
-    """Return what is asked first: every part alone, then all narrowed alike, where they can be."""
-    alone = alone_strategies(space)
+def first_strategies(
+    space: StrategySpace, sparsity_range: tuple[float, float], *, has_derivatives: bool
+) -> list[Strategy]:
+    """Return what is asked first: every part alone, then all narrowed alike, where they can be.
+
+    Derivatives of the latter tell what the steps of fine axes cost, so those are not asked alone.
+    """
+    alone = alone_strategies(space, coarse_only=has_derivatives)
     if all(axis.is_choice or not axis.is_shape for axis in space.axes):
         return alone
     low, high = sparsity_range
     return alone + [space.uniform(low + share * (high - low)) for share in _ALIKE]
 
 
-def alone_strategies(space: StrategySpace) -> list[Strategy]:
-    """Return the strategies that remove or narrow one part, of very many parts some."""
-    shapes = [a for a, axis in enumerate(space.axes) if axis.is_shape]
-    stride = -(-len(shapes) // _MAX_ALONE)
+def _active(strategy: Strategy) -> list[str]:
+    return [name for name, value in strategy.settings if value > 0]
+
+
+def alone_strategies(space: StrategySpace, *, coarse_only: bool = False) -> list[Strategy]:
+    """Return the strategies that remove or narrow one part, of very many parts some.
+
+    Args:
+        space: of the strategies.
+        coarse_only: leave out axes of more than a few steps.
+    """
+    shapes = [
+        a
+        for a, axis in enumerate(space.axes)
+        if axis.is_shape and not (coarse_only and axis.num_steps > _COARSE)
+    ]
+    stride = max(1, -(-len(shapes) // (_MAX_COARSE if coarse_only else _MAX_ALONE)))
     values = [_alone_value(space.axes[a]) for a in shapes[::stride]]
     rows = [
         [value if a == axis else 0.0 for a in range(space.num_axes)]

@@ -29,6 +29,7 @@ from unicuco.evaluate.arrays import Arrays, reference_of, unpack
 from unicuco.evaluate.measure import (
     EvaluatorConfig,
     WindowGroup,
+    by_axis,
     check_derivatives,
     conclude,
     groups_of,
@@ -211,7 +212,10 @@ class StageEvaluator:
             windows=(count, windows_of(self._ids, ask.tokens).shape[1]),
             text_tokens=self._ids.numel(),
             kl_sums=relay.kl_sums,
-            slopes=[[slopes[site.path] for site in sites] for slopes in relay.slopes],
+            slopes=[
+                by_axis(self.config, [slopes[site.path] for site in sites])
+                for slopes in relay.slopes
+            ],
             num_dropped=sum(self._drops(ask).values()),
             wall_s=relay.seconds + time.perf_counter() - started,
         )

@@ -77,7 +77,8 @@ class Observations:
     Attributes:
         points: ``n x d`` unit points.
         values: ``n`` log (KL + EPSILON).
-        derivatives: ``n x d`` derivatives of the values; rows of NaN where none were measured.
+        derivatives: ``n x d`` derivatives of the values; rows of NaN where none were measured, and
+            columns of NaN along axes that have none.
     """
 
     points: Tensor
@@ -97,7 +98,7 @@ class Observations:
         groups: dict[tuple[float, ...], list[int]] = {}
         for index, point in enumerate(points.tolist()):
             groups.setdefault(tuple(point), []).append(index)
-        measured = ~torch.isnan(raw[:, :1].sum(1))
+        measured = ~torch.isnan(raw).all(1)
         # Of equal points, the one whose derivative was measured stands for all.
         chosen = [max(group, key=lambda k: (bool(measured[k]), -k)) for group in groups.values()]
         logs = (kl + EPSILON).log()
@@ -118,7 +119,12 @@ class Observations:
     @property
     def measured(self) -> Tensor:
         """``n`` bool: which evaluations have derivatives."""
-        return ~torch.isnan(self.derivatives[:, 0])
+        return ~torch.isnan(self.derivatives).all(1)
+
+    @property
+    def axes(self) -> Tensor:
+        """``d'`` axes along which there are derivatives."""
+        return (~torch.isnan(self.derivatives)).any(0).nonzero()[:, 0]
 
 
 class GaussianProcess:
@@ -257,13 +263,17 @@ class GaussianProcess:
         noise = [torch.full_like(values, self.options.value_noise)]
         if count:
             points = observations.points[observations.measured]
-            whole = observations.derivatives[observations.measured]
-            left_over = whole if self.mean_ is None else whole - self.mean_.gradients(points)
+            axes = observations.axes
+            whole = observations.derivatives[observations.measured][:, axes]
+            left_over = whole
+            if self.mean_ is not None:
+                left_over = whole - self.mean_.gradients(points)[:, axes]
             typical = whole.square().mean(1, keepdim=True).sqrt()
             share = self.options.derivative_noise
-            spread = share * whole.abs() + _DERIVATIVE_FLOOR * typical  # (n, d)
-            for direction in _directions(len(whole), whole.shape[1], count):
-                rows.append(as_rows(points, direction))
+            spread = share * whole.abs() + _DERIVATIVE_FLOOR * typical  # (n, d')
+            for direction in _directions(len(whole), len(axes), count):
+                within = torch.zeros_like(points).index_copy(1, axes, direction)
+                rows.append(as_rows(points, within))
                 targets.append((left_over * direction).sum(-1))
                 noise.append((spread * direction).norm(dim=-1))
         variance = torch.cat(noise).square().clamp(min=_MIN_VARIANCE)

@@ -80,7 +80,7 @@ class CurveMean:
             curves: the axis curves.
             points: ``n x d`` unit points.
             values: ``n`` log (KL + EPSILON).
-            derivatives: ``k x d`` derivatives of the values, or none.
+            derivatives: ``k x d`` derivatives of the values, or none; NaN where there is none.
             derivative_points: ``k x d`` unit points where they were measured.
         """
         d = len(curves.table)
@@ -90,7 +90,7 @@ class CurveMean:
         )
         noise = None
         if derivatives is not None:
-            noise = _DERIVATIVE_NOISE_FRACTION * derivatives.square().mean(
+            noise = _DERIVATIVE_NOISE_FRACTION * derivatives.square().nanmean(
                 1, keepdim=True
             ).sqrt().clamp(min=1e-3)
 
@@ -102,10 +102,8 @@ class CurveMean:
                 + ((values - mean.values(points)) / _VALUE_NOISE).square().sum()
             )
             if derivatives is not None and noise is not None and derivative_points is not None:
-                total = (
-                    total
-                    + ((derivatives - mean.gradients(derivative_points)) / noise).square().sum()
-                )
+                left = (derivatives - mean.gradients(derivative_points)) / noise
+                total = total + left.nan_to_num(0.0).square().sum()
             total.backward()
             return total
 

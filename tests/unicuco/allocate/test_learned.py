@@ -35,6 +35,7 @@ def is_planted(context: AllocationContext) -> bool:
     return evidence is not None and evidence.profile.num_blocks == NUM_BLOCKS
 
 
+@pytest.mark.slow
 class TestBesa(AllocatorContract):
     name = "besa"
     needs_evidence = True
@@ -44,6 +45,7 @@ class TestBesa(AllocatorContract):
         return Besa(context, None if is_planted(context) else BesaOptions(steps=1))
 
 
+@pytest.mark.slow
 class TestLua(AllocatorContract):
     name = "lua"
     needs_evidence = True

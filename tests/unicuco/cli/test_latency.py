@@ -24,6 +24,7 @@ def run(shape_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_latency_is_planned_and_cut_by_its_bound(
     unicuco, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_latency_is_planned_and_cut_by_its_bound(
     assert (tmp_path / "two" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_requests_in_a_file_may_be_of_latency(unicuco, run: Path, tmp_path: Path) -> None:
     lines = ['{"max_latency_ms": 1000}', '{"max_latency_ms": 0.001, "batch": 8}']
     (tmp_path / "asked.jsonl").write_text("\n".join(lines))
@@ -57,6 +59,7 @@ def test_requests_in_a_file_may_be_of_latency(unicuco, run: Path, tmp_path: Path
     assert second["error"]["nearest"] > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [

@@ -12,6 +12,7 @@ import pytest
 from tests.unicuco.cli.conftest import Runner
 
 
+@pytest.mark.slow
 def test_a_model_and_its_run_may_lie_at_urls(
     unicuco: Runner,
     tmp_path: Path,

@@ -123,6 +123,7 @@ def test_stock_vllm_says_what_transformers_says_of_every_kind_of_variant(
     assert len({json.dumps(tokens) for tokens in answers}) == len(CASES)
 
 
+@pytest.mark.slow
 def test_the_plugin_needs_nothing_that_vllm_does_not_bring(installed: Path) -> None:
     (target,) = entry_points().values()
     module = target.split(":")[0]

@@ -17,7 +17,7 @@ from unicuco.dimensions import Granularity
 from unicuco.errors import EvaluationError, RunError
 from unicuco.evaluate import LocalEvaluator
 from unicuco.evaluate.arrays import pack_model
-from unicuco.models import load_tokenizer, read_site
+from unicuco.models import gate, load_tokenizer, read_site
 from unicuco.rows import RowRule
 from unicuco.search.drive import outcome_of
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
@@ -275,13 +275,114 @@ def test_a_conv1d_has_the_derivatives_of_the_same_matrix_as_a_linear(tmp_path: P
     assert float(np.corrcoef(gradient, expected)[0, 1]) > 0.6
 
 
-def test_derivatives_of_anything_but_sparsity_are_refused(tiny_llama: Path) -> None:
-    mixed = make_evaluation_case(tiny_llama, dimensions=("sparsity", "depth"))
+def test_derivatives_along_axes_that_have_none_are_refused(tiny_llama: Path) -> None:
+    mixed = make_evaluation_case(tiny_llama, dimensions=("width", "low_rank"))
     evaluator = mixed.evaluator()
     strategy = mixed.space.uniform(0.3)
     assert evaluator.evaluate(strategy).gradient is None
-    with pytest.raises(ValueError, match="sparsity"):
+    with pytest.raises(ValueError, match="no derivatives along axes of width, low_rank"):
         evaluator.evaluate(strategy, derivatives=True)
+
+
+@pytest.fixture(scope="module")
+def shaped(trained_folder: Path, tiny_text_file: Path) -> EvaluationCase:
+    tokenizer, text = load_tokenizer(trained_folder), tiny_text_file.read_text(encoding="utf-8")
+    half = len(text) // 2
+    return make_evaluation_case(
+        trained_folder,
+        tokens=token_windows(tokenizer, text[:half], tokens=512, context=64),
+        calibration=token_windows(tokenizer, text[half:], tokens=512, context=64),
+        dimensions=("sparsity", "depth", "width"),
+    )
+
+
+def stepwise(case: EvaluationCase, **settings: float) -> Strategy:
+    """A strategy whose axes of a dimension all have the grid's setting below a number."""
+    values = [
+        min(int(settings.get(axis.name.split("/")[0], 0.0) * axis.num_steps), axis.max_step)
+        / axis.num_steps
+        for axis in case.space.axes
+    ]
+    return Strategy(settings=tuple(zip(case.space.names, values, strict=True)))
+
+
+def with_setting(strategy: Strategy, **changed: float) -> Strategy:
+    own = dict(strategy.settings)
+    assert changed.keys() <= own.keys()
+    return Strategy(settings=tuple({**own, **changed}.items()))
+
+
+def test_the_derivative_along_widths_is_that_of_the_steps_around(shaped: EvaluationCase) -> None:
+    strategy = stepwise(shaped, width=0.5, sparsity=0.2)
+    evaluator = shaped.evaluator()
+    gradient = evaluator.evaluate(strategy, derivatives=True).gradient
+    assert gradient is not None
+    found, expected = [], []
+    for axis, value, slope in zip(shaped.space.axes, strategy.values, gradient, strict=True):
+        step = round(value * axis.num_steps)
+        if axis.name.startswith("width/") and 0 < step < axis.max_step:
+            low, high = (
+                evaluator.evaluate(with_setting(strategy, **{axis.name: end / axis.num_steps})).kl
+                for end in (step - 1, step + 1)
+            )
+            found.append(slope)
+            expected.append((high - low) / 2 * axis.num_steps)
+    assert len(found) >= 3
+    assert float(np.corrcoef(found, expected)[0, 1]) > 0.9, (found, expected)
+    assert 0.7 < float(np.dot(found, expected) / np.dot(expected, expected)) < 1.3
+
+
+@pytest.mark.parametrize("removed", [0.0, 1.0])
+def test_the_derivative_of_a_part_is_that_of_its_gate(
+    shaped: EvaluationCase, removed: float
+) -> None:
+    part = shaped.loaded.profile.parts[1]
+    strategy = with_setting(
+        stepwise(shaped, width=0.3, sparsity=0.3), **{f"depth/{part.path}": removed}
+    )
+    evaluator = shaped.evaluator()
+    gradient = evaluator.evaluate(strategy, derivatives=True).gradient
+    assert gradient is not None
+    slope = dict(zip(shaped.space.names, gradient, strict=True))[f"depth/{part.path}"]
+    # The same model with the part's output turned down by hand: a difference around its gate.
+    there = with_setting(strategy, **{f"depth/{part.path}": 0.0})
+    if removed:  # what is narrowed of a part that is gone comes back whole
+        wide = {n: 0.0 for n in shaped.space.names if part.path in n}
+        there = with_setting(there, **wide)
+    module = evaluator.model_at(there).get_submodule(part.path)
+    kls = []
+    for factor in (1 - removed - 1e-2, 1 - removed + 1e-2):
+        handle = gate(module, torch.tensor(factor))
+        kls.append(evaluator.evaluate(there).kl)
+        handle.remove()
+    assert slope == pytest.approx((kls[0] - kls[1]) / 2e-2, rel=0.02, abs=1e-4)
+
+
+def test_derivatives_of_shapes_leave_no_trace(shaped: EvaluationCase) -> None:
+    evaluator = shaped.evaluator()
+    one = with_setting(
+        stepwise(shaped, width=0.4, sparsity=0.3),
+        **{f"depth/{shaped.loaded.profile.parts[2].path}": 1.0},
+    )
+    other = stepwise(shaped, width=0.2)
+    values = [evaluator.evaluate(strategy).kl for strategy in (one, other)]
+    for strategy, value in zip((one, other, one), (*values, values[0]), strict=True):
+        found = evaluator.evaluate(strategy, derivatives=True)
+        assert found.kl == value
+        assert found.kept_fraction == evaluator.evaluate(strategy).kept_fraction
+        assert evaluator.evaluate(other).kl == values[1]
+
+
+def test_what_is_gone_has_no_slope_of_its_own(shaped: EvaluationCase) -> None:
+    part = shaped.loaded.profile.parts[0]
+    strategy = with_setting(stepwise(shaped, sparsity=0.3), **{f"depth/{part.path}": 1.0})
+    gradient = shaped.evaluator().evaluate(strategy, derivatives=True).gradient
+    assert gradient is not None
+    slopes = dict(zip(shaped.space.names, gradient, strict=True))
+    own = {f"sparsity/{path}" for path in part.sites} | {f"width/{part.path}"}
+    assert all(slopes[name] == 0 for name in own)
+    others = [slope for name, slope in slopes.items() if name not in own]
+    assert all(slope != 0 for slope in others if slope is not None)
 
 
 def test_a_removed_block_is_gone_for_one_strategy_and_back_for_the_next(tiny_llama: Path) -> None:

@@ -18,6 +18,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_automatic_classes_know_shrunk_models_once_unicuco_is_imported(order: str) -> None:
     code = (

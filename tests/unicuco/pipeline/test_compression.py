@@ -228,6 +228,7 @@ def test_compress_refuses_a_taken_folder_before_any_work(run: Run, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_compress_learns_a_run_where_there_is_none_and_uses_it_the_next_time(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:

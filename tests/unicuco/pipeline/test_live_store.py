@@ -13,6 +13,7 @@ from unicuco.errors import RunError
 from unicuco.pipeline import LocalBackend, Progress, Run, learn
 
 
+@pytest.mark.slow
 def test_a_run_on_postgresql_is_that_on_a_file_and_ends_with_a_copy(
     new_postgres_database: Callable[[], str],
     tiny_llama: Path,

@@ -78,6 +78,7 @@ def test_what_is_cut_is_what_was_planned(run: Run, model: Path, tmp_path: Path) 
     assert report.kl > 0
 
 
+@pytest.mark.slow
 def test_what_is_inside_heads_is_learned_with_units_and_parts(
     model: Path, tiny_text_file: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_what_is_inside_heads_is_learned_with_units_and_parts(
     assert report.sparsity == answer.sparsity
 
 
+@pytest.mark.slow
 def test_depth_alone_is_learned_and_never_exceeds_a_budget(
     model: Path, tiny_text_file: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,21 @@ class TestShapes(SearchContract):
         return 0 < sparsity < 0.95  # shapes meet a budget to a step, and never remove everything
 
 
+class TestNarrowing(TestShapes):
+    def make(self, *, seed: int = 0) -> tuple[Search, ToyModel]:
+        config = toy_config("default", seed=seed, dimensions=("sparsity", "width"))
+        return build_search(config), ToyModel(config.space())
+
+    def test_few_steps_are_asked_alone_and_all_else_with_derivatives(self) -> None:
+        search, _ = self.make()
+        axes = {axis.name: axis for axis in self.make()[1].space.axes}
+        for ask in (*search.ask(0), *search.ask(1)):
+            active = [name for name, value in ask.strategy.settings if value > 0]
+            is_alone = len(active) == 1
+            assert ask.derivatives is not is_alone
+            assert not is_alone or axes[active[0]].num_steps <= 4
+
+
 class TestPaper(SearchContract):
     preset = "paper"
 
@@ -154,6 +169,7 @@ def test_the_published_search_learns_a_front(monkeypatch: pytest.MonkeyPatch) ->
     assert kl.tolist() == sorted(kl.tolist())
 
 
+@pytest.mark.slow
 def test_depth_goes_through_space_search_and_network_on_a_real_model(tiny_llama: Path) -> None:
     case = make_evaluation_case(tiny_llama, dimensions=("sparsity", "depth"))
     config = SearchConfig(

@@ -336,3 +336,24 @@ def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
     assert tuned <= 320
     assert final <= 1600
     assert error(surrogate) < few
+
+
+def test_derivatives_along_some_axes_alone_help_along_these() -> None:
+    known = observe(8, 0, derivatives=True)
+    some = known.derivatives.clone()
+    some[:, 3:] = math.nan
+    partly = replace(known, derivatives=some)
+    assert partly.axes.tolist() == [0, 1, 2]
+    errors = {}
+    points = observe(200, 9, derivatives=False)
+    for name, observations, directions in (
+        ("values", known, 0), ("some", partly, 4), ("all", known, 4)
+    ):  # fmt: skip
+        process = make(use_curves=False, directions=directions)
+        process.fit(observations)
+        mean, _ = process.posterior(points.points)
+        errors[name] = float((mean - points.values).square().mean().sqrt())
+    assert errors["all"] < errors["some"] < errors["values"]
+    process = make(use_curves=True, directions=4)
+    process.fit(partly)
+    assert bool(torch.isfinite(process.posterior(points.points)[0]).all())
