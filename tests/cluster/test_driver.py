@@ -72,6 +72,7 @@ def dies_soon(replica: Replica) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2, 5])
 def test_any_number_of_replicas_asks_and_measures_what_one_process_does(
     store: EvaluationStore, replicas: int

@@ -19,6 +19,7 @@ time.sleep(300)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "limit"),
     [

@@ -31,6 +31,7 @@ def until(holds: Callable[[dict[str, float]], bool]) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_the_node_s_endpoint_counts_what_the_driver_submits_gets_back_and_tells() -> None:
     with RayBackend("local", 1, build_evaluator=Bowl, build_search=DigestSearch) as backend:
         search, pool = backend.start(BowlConfig(seconds=0.02), ARRAYS, 4)

@@ -221,22 +221,22 @@ class LocalEvaluator:
     @contextmanager
     def _opened(self, values: Sequence[float]) -> Iterator[None]:
         """Let what is gone run on, behind zeros, while the block runs; see `shape_slopes`."""
-        by_path = {site.path: site for site in self.config.profile.sites}
         shape = self._cost.shape(tuple(values))
         for p, less in shape.narrowed:
             part = self._cost.parts[p]
             for path in part.sites[:-1]:
                 # The next strategy writes these anew, whatever it loses there.
                 self._dropped[path], self._lost[path] = _UNKNOWN, _OPENED
-                module = site_module(self._model, by_path[path])
-                bias = module.bias.data if isinstance(module.bias, nn.Parameter) else None
-                weight = _weight(self._model, by_path[path]).data
-                self._sites.reopen(by_path[path], part, less, weight, bias)
+                site = self._site(path)
+                bias = site_module(self._model, site).bias
+                lines = bias.data if isinstance(bias, nn.Parameter) else None
+                self._sites.reopen(site, part, less, _weight(self._model, site).data, lines)
         for p in shape.parts:
             for path in self._cost.parts[p].sites:
                 self._dropped[path] = _UNKNOWN
-                self._cut(by_path[path], 0, None)
+                self._cut(self._site(path), 0, None)
         with ExitStack() as hooks:
+            hooks.callback(self._gates.clear)
             if "depth" in self.config.dimensions:
                 self._cost.apply(self._model, [0.0] * len(values))  # gates remove them instead
                 for p, part in enumerate(self._cost.parts):
@@ -245,7 +245,6 @@ class LocalEvaluator:
                     module = self._model.get_submodule(part.path)
                     hooks.callback(gate(module, factor).remove)
             yield
-        self._gates.clear()
 
     def _logits(self, windows: Tensor) -> Tensor:
         """Return the ``t x v`` logits of ``n x context`` windows at the present strategy."""
@@ -347,7 +346,7 @@ class LocalEvaluator:
     def _change(self, p: int, old: Shape, new: Shape) -> Change:
         """Return what the KL does as a part's last matrix changes."""
         part = self._cost.parts[p]
-        site = self.config.profile.sites[self._position[part.sites[-1]]]
+        site = self._site(part.sites[-1])
         gradient = _weight(self._model, site).grad
         assert gradient is not None, "gradients follow a run with derivatives"
         change = self._last_matrix(p, new) - self._last_matrix(p, old)
@@ -355,6 +354,9 @@ class LocalEvaluator:
             first=float((gradient * change).sum()),
             second=self._sites.curvature(site, part, change),
         )
+
+    def _site(self, path: str) -> Site:
+        return self.config.profile.sites[self._position[path]]
 
     @cached_property
     def _position(self) -> dict[str, int]:

@@ -278,6 +278,7 @@ def test_unknown_names_are_wrong_use_and_unlearned_dimensions_are_not(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_command_in_a_process_of_its_own_prints_one_document(tiny_run: Path) -> None:
     words = [
         sys.executable,

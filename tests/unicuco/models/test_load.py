@@ -258,6 +258,7 @@ def tiny_bert() -> BertConfig:
     )
 
 
+@pytest.mark.slow
 def test_models_load_without_what_only_assisted_generation_wants() -> None:
     code = (
         "import sys; from unicuco.models import load_model; import transformers.utils as utils;"

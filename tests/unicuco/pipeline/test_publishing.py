@@ -67,6 +67,7 @@ def names_at(url: str) -> set[str]:
     return {path.removeprefix(f"{root}/") for path in files.find(root)}
 
 
+@pytest.mark.slow
 def test_a_published_run_is_the_run_and_is_read_as_far_as_it_is_needed(
     url: str, learn_at: LearnAt, machine: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_published_run_is_the_run_and_is_read_as_far_as_it_is_needed(
     assert values(run.folder) == values(learned.folder)
 
 
+@pytest.mark.slow
 def test_what_is_published_is_whole_at_every_moment(
     url: str, learn_at: LearnAt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_driver_that_is_killed_while_it_publishes_leaves_a_run_that_goes_on(
     assert values(learn_at(url, resume=True).folder) == values(run.folder)
 
 
+@pytest.mark.slow
 def test_a_driver_whose_run_was_taken_over_stops(
     url: str, learn_at: LearnAt, machine: Callable[[str], None]
 ) -> None:

@@ -70,6 +70,7 @@ class _SearchAllocatorContract(AllocatorContract):
         return SearchAllocator(self.name, make, config, lambda s: run_request(s, _judge(context)))
 
 
+@pytest.mark.slow
 class TestEvoPressAllocates(_SearchAllocatorContract):
     name = "evopress"
     units = 9.0
