@@ -41,8 +41,8 @@ class Ticket:
     """One request that wants an engine.
 
     ``family`` is what variants share that can be switched in place (masks of one base model do, a
-    variant of other shapes or types shares it with none); ``size`` is
-    how many sequences it runs at once; ``tries`` how many engines it has lost.
+    variant of other shapes or types shares it with none); ``size`` is how many sequences it runs at
+    once; ``tries`` how many engines it has lost.
     """
 
     number: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from unicuco.calibration import Sampling
-from unicuco.dimensions import DIMENSIONS, Granularity, check_dimensions
+from unicuco.dimensions import DIMENSIONS, Granularity, check_dimensions, follow_slopes
 from unicuco.dimensions.sparsity import MAX_SITE_SPARSITY
 from unicuco.errors import RequestError
 from unicuco.importance import METRICS
@@ -173,9 +173,8 @@ class LearnOptions:
         """Strategies to ask in all."""
         if self.evaluations is not None:
             return self.evaluations
-        slopes = all(DIMENSIONS[name].has_slopes for name in self.dimensions)
-        knows_slopes = slopes and "depth" not in self.dimensions and not self.has_levels
-        if self.preset == "default" and not knows_slopes:
+        knows_values_only = self.has_levels or not follow_slopes(self.dimensions)
+        if self.preset == "default" and knows_values_only:
             return _EVALUATIONS_OF_VALUES
         return DEFAULT_EVALUATIONS[self.preset]
 

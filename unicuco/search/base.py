@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from unicuco.allocate import AxisCurves
-from unicuco.dimensions import Granularity, build_space, have_slopes
+from unicuco.dimensions import Granularity, build_space, follow_slopes
 from unicuco.search.screening import Screening
 from unicuco.space import StrategySpace
 from unicuco.stratnet import TrainOptions
@@ -62,13 +62,8 @@ class SearchConfig:
 
     @property
     def has_derivatives(self) -> bool:
-        """Whether derivatives are asked: where every axis has them, and no parts are removed.
-
-        What a part costs as a whole is no matter of slopes: with it, thrice as many values serve
-        better.
-        """
-        known = have_slopes(self.profile, self.dimensions) and "depth" not in self.dimensions
-        return known and self.surrogate.directions > 0
+        """Whether derivatives are asked."""
+        return self.surrogate.directions > 0 and follow_slopes(self.dimensions)
 
     @property
     def screening(self) -> Screening | None:

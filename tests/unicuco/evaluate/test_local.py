@@ -194,15 +194,20 @@ def test_a_model_that_overflows_is_an_error_with_its_strategy(
 # --- derivatives --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(trained_folder: Path, tiny_text_file: Path) -> EvaluationCase:
-    tokenizer, text = load_tokenizer(trained_folder), tiny_text_file.read_text(encoding="utf-8")
+def trained_case(folder: Path, text_file: Path, dimensions: tuple[str, ...]) -> EvaluationCase:
+    tokenizer, text = load_tokenizer(folder), text_file.read_text(encoding="utf-8")
     half = len(text) // 2
     return make_evaluation_case(
-        trained_folder,
+        folder,
         tokens=token_windows(tokenizer, text[:half], tokens=512, context=64),
         calibration=token_windows(tokenizer, text[half:], tokens=512, context=64),
+        dimensions=dimensions,
     )
+
+
+@pytest.fixture(scope="module")
+def trained(trained_folder: Path, tiny_text_file: Path) -> EvaluationCase:
+    return trained_case(trained_folder, tiny_text_file, ("sparsity",))
 
 
 def central_differences(case: EvaluationCase, strategy: Strategy, step: float) -> list[float]:
@@ -286,14 +291,7 @@ def test_derivatives_along_axes_that_have_none_are_refused(tiny_llama: Path) -> 
 
 @pytest.fixture(scope="module")
 def shaped(trained_folder: Path, tiny_text_file: Path) -> EvaluationCase:
-    tokenizer, text = load_tokenizer(trained_folder), tiny_text_file.read_text(encoding="utf-8")
-    half = len(text) // 2
-    return make_evaluation_case(
-        trained_folder,
-        tokens=token_windows(tokenizer, text[:half], tokens=512, context=64),
-        calibration=token_windows(tokenizer, text[half:], tokens=512, context=64),
-        dimensions=("sparsity", "depth", "width"),
-    )
+    return trained_case(trained_folder, tiny_text_file, ("sparsity", "depth", "width"))
 
 
 def stepwise(case: EvaluationCase, **settings: float) -> Strategy:
