@@ -25,7 +25,7 @@ test: browser
 	$(RUN) pytest -m "not alone" $(SIDE_BY_SIDE); first=$$?; $(RUN) pytest -m alone && exit $$first
 
 test-fast: venv
-	$(RUN) pytest -m "not slow" $(SIDE_BY_SIDE)
+	$(RUN) pytest -m "not slow and not alone" $(SIDE_BY_SIDE)
 
 check: venv
 	$(RUN) ruff check .

@@ -117,17 +117,20 @@ def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Where slow tests start clusters, services, engines or commands, each of which fills the machine.
 _ALONE: Final = {"chaos", "cluster", "serve", "engines", "cli"}
+_LONG_RUNS: Final = {"shape_run", "tiny_bits_run"}  # half a minute each
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run alone: those that share the session's Ray, or start much."""
+    """Mark what runs alone (it shares the session's Ray, or starts much), and what learns long."""
     for item in items:
         folders = item.path.relative_to(Path(__file__).parent).parts
-        shares_ray = "ray_local" in getattr(item, "fixturenames", ())
+        fixtures = set(getattr(item, "fixturenames", ()))
         starts_much = item.get_closest_marker("slow") and _ALONE & set(folders)
-        if shares_ray or starts_much:
+        if "ray_local" in fixtures or starts_much:
             item.add_marker("alone")
+        if _LONG_RUNS & fixtures:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

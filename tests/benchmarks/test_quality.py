@@ -149,6 +149,7 @@ def test_totals_count_what_is_paid_once_and_a_curve_says_where_it_crosses(result
     assert "1.3 times evopress's speed" in text
 
 
+@pytest.mark.slow
 def test_the_second_model_is_trained_from_local_text_and_profiled(
     tmp_path: Path, tiny_text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,14 +80,12 @@ class ByteCost(ProductCost):
         settings = settings.double()
         none = settings.new_zeros(len(settings), 1)
         share = none if self._zero_axis is None else settings[:, self._zero_axis]
-        levels = [
-            self._packed(share, self._codes[k], self._scales[k]) for k in range(len(WEIGHT_BITS))
-        ]
+        levels = self._packed(share[:, None], self._codes, self._scales)
         way = none if self._bits_axis is None else settings[:, self._bits_axis]
-        size = self._outside_bytes + _between(way, levels).sum(1)
+        size = self._outside_bytes + _between(way, levels)
         if self.kv_tokens:
             way = none if self._kv_axis is None else settings[:, self._kv_axis]
-            size = size + self.kv_tokens * _between(way, list(self._kv)).sum(1)
+            size = size + self.kv_tokens * _between(way, self._kv)
         return size
 
     def size_of(self, values: Sequence[float]) -> int:
@@ -167,11 +165,12 @@ class ByteCost(ProductCost):
         return context * max(1, round(_KV_SHARE * self._site_bytes / each))
 
 
-def _between(way: Tensor, levels: Sequence[Tensor]) -> Tensor:
-    """Return ``b x n`` values on the way along levels of the same shape, linear between two."""
-    position = way * (len(levels) - 1)
-    near = [(1 - (position - k).abs()).clamp(min=0) * level for k, level in enumerate(levels)]
-    return torch.stack(torch.broadcast_tensors(*near)).sum(0)
+def _between(way: Tensor, levels: Tensor) -> Tensor:
+    """Return the ``b`` totals of ``... x k x n`` levels, linear between two, at ``b x n`` ways."""
+    position = way[:, None] * (levels.shape[-2] - 1)
+    steps = torch.arange(levels.shape[-2], dtype=way.dtype)[:, None]
+    near = (1 - (position - steps).abs()).clamp(min=0)
+    return (near * levels).sum((1, 2))
 
 
 def _table(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from unicuco.errors import InfeasibleRequestError
 from unicuco.space.axis import Axis, CostModel
+from unicuco.space.crossing import first_met
 
 _EXACT: Final = 0.5  # parameters or bytes: below the rounding of whole numbers in float64
-_BISECTIONS: Final = 60
+_WIDTH: Final = 1e-10  # in logits: less than a weight of any axis
 _REACH: Final = 40.0  # in logits: from one corner of the clamped cube to the other
 
 
@@ -134,18 +135,14 @@ class ShapeFill:
             z: ``b x d`` logits (or ``d``) of which the counted axes count.
             kept: ``b`` budgets; where shapes alone lie below one, counted axes keep all.
         """
-        low = torch.full((len(shapes), 1), -_REACH, dtype=torch.float64)
-        high = torch.full((len(shapes), 1), _REACH, dtype=torch.float64)
 
         def settings(t: Tensor) -> Tensor:
-            moved = self._low + torch.sigmoid(z + t) * self._span
+            moved = self._low + torch.sigmoid(z + t[:, None]) * self._span
             return torch.where(self._counted, moved, shapes)
 
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            above = (self._cost.size(settings(middle)) > kept)[:, None]
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return settings(high)
+        ends = torch.full((len(shapes),), _REACH, dtype=torch.float64)
+        met = first_met(lambda t: self._cost.size(settings(t)) - kept, -ends, ends, width=_WIDTH)
+        return settings(met)
 
     def exact(self, settings: Tensor, kept: Tensor) -> Tensor:
         """Return ``b x d`` whole steps of settings that lie near their budgets, none above it."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from unicuco.errors import InfeasibleRequestError
 from unicuco.space.axis import Axis, CostModel
+from unicuco.space.crossing import first_met
 from unicuco.space.shapes import ShapeFill
 from unicuco.types import Strategy
 
@@ -173,12 +174,12 @@ class StrategySpace:
         """Do what `project` does for points given as ``b x d`` logits."""
         z = z.double().clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
         t = self._path_position(z.detach(), kept.double())
-        _, slope = self._cost_along(z.detach(), t)
+        slope = self._slope_along(z.detach(), t)
         # Implicit differentiation: t(z) solves cost(z + t) = kept, so one Newton step from the
         # solution has its derivative (and corrects what the iteration left over).
         excess = self.cost.size(self.settings(torch.sigmoid(z + t[:, None]))) - kept
         reachable = excess.detach().abs() < _NEWTON_REACH * self.cost.total_size
-        newton = t - torch.where(reachable, excess, 0.0) / slope.clamp(max=-1e-9)
+        newton = t - torch.where(reachable, excess, 0.0) / slope
         return torch.sigmoid(z + newton[:, None])
 
     def decode_exact(self, unit: Tensor, kept: Sequence[int]) -> list[Strategy]:
@@ -235,37 +236,43 @@ class StrategySpace:
         return self._strategies(self._shapes.exact(self.settings(unit), budgets))
 
     def _path_position(self, z: Tensor, kept: Tensor) -> Tensor:
-        """Return the ``b`` scalars t at which the relaxed cost of ``z + t`` meets the budgets.
-
-        Newton's method inside a shrinking bracket, from where equal axes would meet the budget.
-        """
+        """Return the ``b`` scalars t at which the relaxed cost of ``z + t`` meets the budgets."""
+        if self._shapes is not None:  # costs with kinks and products
+            ends = torch.full_like(kept, _PATH_BOUND)
+            return first_met(lambda t: self._cost_along(z, t) - kept, -ends, ends, width=_TOLERANCE)
+        # Newton's method inside a shrinking bracket, from where equal axes would meet the budget.
         fewest, most = self._kept_range
         share = ((most - kept) / max(1, most - fewest)).clamp(1e-7, 1 - 1e-7)
         t = torch.logit(share) - z.mean(1)
         low, high = torch.full_like(t, -_PATH_BOUND), torch.full_like(t, _PATH_BOUND)
         for _ in range(_MAX_ITERATIONS):
-            value, slope = self._cost_along(z, t)
-            excess = value - kept
+            excess = self._cost_along(z, t) - kept
             low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
             done = (excess.abs() < _TOLERANCE * self.cost.total_size) | (high - low < 1e-9)
             if bool(done.all()):
                 break
-            newton = t - excess / slope.clamp(max=-1e-9)
+            newton = t - excess / self._slope_along(z, t)
             inside = (newton > low) & (newton < high)
             t = torch.where(done, t, torch.where(inside, newton, (low + high) / 2))
         return t
 
-    def _cost_along(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ``b`` relaxed costs at ``z + t`` and their derivatives to t."""
+    def _cost_along(self, z: Tensor, t: Tensor) -> Tensor:
+        """Return the ``b`` relaxed costs at ``z + t``."""
+        settings = self.settings(torch.sigmoid(z + t[:, None]))
         if self._shapes is None:  # every step is a weight
+            return self.cost.total_size - (settings * self._steps).sum(1)
+        return self.cost.size(settings)
+
+    def _slope_along(self, z: Tensor, t: Tensor) -> Tensor:
+        """Return the ``b`` derivatives of the relaxed costs to t, below zero."""
+        if self._shapes is None:
             unit = torch.sigmoid(z + t[:, None])
             slope = -(self.axis_params * unit * (1 - unit)).sum(1)
-            return self.cost.total_size - (self.settings(unit) * self._steps).sum(1), slope
-        with torch.enable_grad():
-            shift = t.detach().clone().requires_grad_(True)
-            cost = self.cost.size(self.settings(torch.sigmoid(z + shift[:, None])))
-            slope = torch.autograd.grad(cost.sum(), shift)[0]
-        return cost.detach(), slope
+        else:
+            with torch.enable_grad():
+                shift = t.detach().clone().requires_grad_(True)
+                slope = torch.autograd.grad(self._cost_along(z, shift).sum(), shift)[0]
+        return slope.clamp(max=-1e-9)
 
     def _fill(self, relaxed: Tensor, kept: Tensor) -> Tensor:
         """Turn points that only count weights into ``b x d`` whole steps at exactly the budget."""

@@ -50,6 +50,7 @@ def test_the_gradient_of_the_mask_is_that_of_the_probability_to_be_kept() -> Non
     torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_learned_sparsities_differ_within_blocks_and_stay_near_the_target() -> None:
     case = planted_case()
     besa = Besa(case.context, BesaOptions(steps=32))
@@ -65,6 +66,7 @@ def test_learned_sparsities_differ_within_blocks_and_stay_near_the_target() -> N
     assert max(spreads) > 0.1
 
 
+@pytest.mark.slow
 def test_the_penalty_holds_blocks_near_the_target() -> None:
     case = planted_case()
     sizes = torch.tensor([float(site.num_weights) for site in case.loaded.profile.sites])

@@ -55,6 +55,7 @@ class TestLua(AllocatorContract):
         return Lua(context, None if is_planted(context) else LuaOptions(steps=1))
 
 
+@pytest.mark.slow
 class TestAdapMtl(AllocatorContract):
     name = "adapmtl"
     needs_evidence = True

@@ -148,6 +148,7 @@ def test_thresholds_per_component_lose_less_than_a_shared_one_at_equal_sparsity(
 # --- on a language model ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_pass_runs_through_all_sparsities_and_spares_sensitive_blocks() -> None:
     evidence = planted_case().context.require_evidence("test")
     path = learn_path(evidence, AdapMtlOptions(steps=100, learning_rate=0.1))

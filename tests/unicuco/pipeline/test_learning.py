@@ -157,6 +157,7 @@ def test_the_same_seed_learns_the_same(run: Run, learn_tiny: Learn) -> None:
     "changes",
     [{"granularity": "block"}, {"pruner": "magnitude"}, {"preset": "paper", "evaluations": 10}],
 )
+@pytest.mark.slow
 def test_other_options_learn_too(
     learn_tiny: Learn, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +189,7 @@ def stop_at(stage: str, done: int) -> Callable[[Progress], None]:
 @pytest.mark.parametrize(
     ("stage", "done"), [("evaluate", 2), ("evaluate", 6), ("train", 0), ("validate", 3)]
 )
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_becomes_the_same(
     learn_tiny: Learn, run: Run, tmp_path: Path, stage: str, done: int
 ) -> None:
@@ -218,6 +220,7 @@ def test_an_interrupted_run_goes_on_and_becomes_the_same(
         ({"context": 16}, "data and context"),
     ],
 )
+@pytest.mark.slow
 def test_an_interrupted_run_is_not_continued_with_other_options(
     learn_tiny: Learn, tmp_path: Path, changes: dict[str, object], name: str
 ) -> None:
@@ -244,6 +247,7 @@ def test_an_interrupted_run_is_not_continued_with_another_model_or_text(
         learn_tiny(resume=True, calibration=text)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_before_its_first_evaluation_keeps_to_its_options(
     learn_tiny: Learn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +288,7 @@ def test_a_file_in_the_place_of_the_run_is_refused(learn_tiny: Learn, tmp_path: 
     assert (tmp_path / "run").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_the_manifest_comes_last_and_altered_fisher_sums_are_refused(
     learn_tiny: Learn, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +307,7 @@ def test_the_manifest_comes_last_and_altered_fisher_sums_are_refused(
         learn_tiny(resume=True)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_by_a_larger_total(
     learn_tiny: Learn, run: Run, tmp_path: Path
 ) -> None:
@@ -315,6 +321,7 @@ def test_a_finished_run_is_extended_by_a_larger_total(
     assert values(again.folder) == values(extended.folder)
 
 
+@pytest.mark.slow
 def test_alternatives_on_few_tokens_have_their_own_records_and_count_their_share(
     learn_tiny: Learn, run: Run, tmp_path: Path
 ) -> None:
@@ -437,6 +444,7 @@ def test_a_driver_that_comes_second_leaves_the_firsts_store(
     assert (tmp_path / "run" / "evaluations.db").exists()
 
 
+@pytest.mark.slow
 def test_where_too_little_was_measured_the_line_says_why(
     learn_tiny: Learn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

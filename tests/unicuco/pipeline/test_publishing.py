@@ -185,6 +185,7 @@ def test_a_driver_whose_run_was_taken_over_stops(
     assert Run.open(url).manifest["evaluations"] == 6
 
 
+@pytest.mark.slow
 def test_a_store_that_is_gone_for_a_while_is_told_of_and_caught_up_with(
     url: str, learn_at: LearnAt, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def _nll(loaded: LoadedModel, windows: torch.Tensor) -> float:
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
+@pytest.mark.slow
 def test_the_test_text_costs_few_bits_and_half_of_the_weights_are_missed(
     folder: Path, reference: LoadedModel
 ) -> None:

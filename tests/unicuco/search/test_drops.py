@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from unicuco.search.drops import DropSearch
@@ -39,6 +40,7 @@ def test_it_finds_what_enumeration_finds_within_its_units() -> None:
     assert search.record.units <= 40.0
 
 
+@pytest.mark.slow
 def test_the_same_seed_asks_the_same_and_nothing_above_the_budget() -> None:
     asked: list[list[Ask]] = []
     for _ in range(2):

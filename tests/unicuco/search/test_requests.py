@@ -142,6 +142,7 @@ def test_axes_make_eight_even_runs_or_one_bin_each() -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.slow
 def test_tpe_is_no_worse_than_random_search_at_equal_trials() -> None:
     found, drawn = [], []
     for seed in range(5):
@@ -249,6 +250,7 @@ class _StopError(Exception):
 
 
 @pytest.mark.parametrize("name", REQUEST_SEARCHES)
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_and_evaluates_nothing_twice(
     name: str, case: EvaluationCase, store: EvaluationStore, tmp_path: Path
 ) -> None:

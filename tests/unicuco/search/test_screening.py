@@ -98,6 +98,7 @@ def test_a_longer_run_asks_what_it_would_have_asked_at_once(tmp_path: Path, firs
 
 
 @pytest.mark.parametrize("count", [0, 5, 11, 17, 24, 33, 45])
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_anywhere_goes_on_as_it_would_have(
     tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ class TestFront(SearchContract):
     preset = "default"
 
 
+@pytest.mark.slow
 class TestFrontInLargeRounds(SearchContract):
     preset = "default"
 
@@ -48,6 +49,7 @@ class TestFrontInLargeRounds(SearchContract):
         return search, ToyModel(config.space())
 
 
+@pytest.mark.slow
 class TestShapes(SearchContract):
     preset = "default"
     num_rounds = 6  # parts alone first
@@ -60,6 +62,7 @@ class TestShapes(SearchContract):
         return 0 < sparsity < 0.95  # shapes meet a budget to a step, and never remove everything
 
 
+@pytest.mark.slow
 class TestNarrowing(TestShapes):
     def make(self, *, seed: int = 0) -> tuple[Search, ToyModel]:
         config = toy_config("default", seed=seed, dimensions=("sparsity", "width"))
@@ -117,6 +120,7 @@ def test_learning_from_nothing_is_an_error_in_one_line() -> None:
             learn_network(toy_config(preset), [], seed=0)
 
 
+@pytest.mark.slow
 def test_a_network_of_shapes_answers_as_well_as_the_best_of_all_shapes() -> None:
     config = toy_config("default", dimensions=("depth",))
     model = ToyModel(config.space())
@@ -156,6 +160,7 @@ def test_the_default_search_finds_better_strategies_than_uniform_and_fisher() ->
     assert float((found / fisher).log().mean()) < -0.02
 
 
+@pytest.mark.slow
 def test_the_published_search_learns_a_front(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper, "_STEPS", 200)
     config = toy_config("paper")

@@ -318,6 +318,7 @@ def test_nothing_is_asked_before_the_fit() -> None:
 
 
 @modes
+@pytest.mark.slow
 def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

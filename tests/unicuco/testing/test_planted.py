@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from unicuco.dimensions import Granularity
@@ -25,6 +26,7 @@ def test_pruning_a_sensitive_block_hurts_many_times_more_than_any_other() -> Non
     assert min(costs[block] for block in SENSITIVE_BLOCKS) > 5 * max(others)
 
 
+@pytest.mark.slow
 def test_reversed_and_shuffled_strategies_stay_at_the_budget_to_the_weight() -> None:
     case = planted_case()
     space = case.space
