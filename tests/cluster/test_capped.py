@@ -122,7 +122,8 @@ def test_learning_cutting_and_judging_need_less_memory_than_the_model(
     assert "does not fit into memory" in learned.errors
     assert not (tmp_path / "whole" / "run").exists()
     assert learned.actors.keys() == {"ShardActor", "LearnerActor"}
-    assert set().union(*learned.actors.values()) == {learned.limit}
+    # Fewer modules, so a lower limit of their own, and not what they inherit from the driver.
+    assert max(set().union(*learned.actors.values())) < learned.limit
     run = tmp_path / "run"
     assert [row[5] for row in evaluations(run)] == ["ok"] * 4
 
