@@ -35,6 +35,7 @@ _LOGIT_BOUND: Final = 16.0  # sigmoid(16) is 1 - 1e-7: the edge of the cube for 
 _PATH_BOUND: Final = 2 * _LOGIT_BOUND + 8.0  # carries any point of the clamped cube to a corner
 _MAX_ITERATIONS: Final = 60
 _TOLERANCE: Final = 1e-6  # of all parameters; the last Newton step squares it
+_PATH_WIDTH: Final = 1e-6  # of t where costs have kinks; likewise
 _NEWTON_REACH: Final = 1e-4  # an excess beyond this is a budget outside the range, not an error
 
 
@@ -239,7 +240,9 @@ class StrategySpace:
         """Return the ``b`` scalars t at which the relaxed cost of ``z + t`` meets the budgets."""
         if self._shapes is not None:  # costs with kinks and products
             ends = torch.full_like(kept, _PATH_BOUND)
-            return first_met(lambda t: self._cost_along(z, t) - kept, -ends, ends, width=_TOLERANCE)
+            return first_met(
+                lambda t: self._cost_along(z, t) - kept, -ends, ends, width=_PATH_WIDTH
+            )
         # Newton's method inside a shrinking bracket, from where equal axes would meet the budget.
         fewest, most = self._kept_range
         share = ((most - kept) / max(1, most - fewest)).clamp(1e-7, 1 - 1e-7)

@@ -62,7 +62,6 @@ class TestShapes(SearchContract):
         return 0 < sparsity < 0.95  # shapes meet a budget to a step, and never remove everything
 
 
-@pytest.mark.slow
 class TestNarrowing(TestShapes):
     def make(self, *, seed: int = 0) -> tuple[Search, ToyModel]:
         config = toy_config("default", seed=seed, dimensions=("sparsity", "width"))
