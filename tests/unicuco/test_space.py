@@ -26,6 +26,8 @@ SPACES = {
     "width": build_space(LARGE, ("width",)),
     "shapes": build_space(LARGE, ("depth", "width")),
     "all": build_space(LARGE, ("depth", "width", "sparsity")),
+    "bits": build_space(LARGE, ("weight_bits",)),
+    "zeros and bits": build_space(LARGE, ("sparsity", "weight_bits")),
 }
 WITHOUT_CHOICES = ("layer", "block", "large")
 names = st.sampled_from(sorted(SPACES))
@@ -83,7 +85,7 @@ def test_projection_meets_the_relaxed_budget(name: str, seed: int, share: float)
     kept = torch.full((3,), fewest + (0.01 + 0.98 * share) * (most - fewest), dtype=torch.float64)
     projected = space.project(points(space, seed), kept)
     assert bool(((projected >= 0) & (projected <= 1)).all())
-    reached = space.cost.kept(space.settings(projected))
+    reached = space.cost.size(space.settings(projected))
     torch.testing.assert_close(reached, kept, rtol=1e-6, atol=1e-2)
 
 
@@ -102,7 +104,7 @@ def test_more_size_pressure_moves_every_axis_towards_compression(
 def test_a_point_on_its_budget_stays_where_it_is(name: str, seed: int, share: float) -> None:
     space = SPACES[name]
     unit = 0.05 + 0.9 * points(space, seed)
-    kept = space.cost.kept(space.settings(unit))
+    kept = space.cost.size(space.settings(unit))
     torch.testing.assert_close(space.project(unit, kept), unit, rtol=0, atol=1e-4)
 
 
@@ -133,7 +135,7 @@ def test_projection_has_the_gradient_of_finite_differences(name: str, share: flo
 def test_a_budget_beyond_the_range_ends_at_its_corner_with_finite_gradients(name: str) -> None:
     space = SPACES[name]
     unit = points(space, 0, 2).requires_grad_(True)
-    total = space.cost.total_params
+    total = space.cost.total_size
     projected = space.project(unit, torch.tensor([0.0, 2.0 * total]))
     assert bool((projected[0] > 0.999).all())
     assert bool((projected[1] < 0.001).all())
@@ -148,7 +150,7 @@ def test_any_whole_budget_is_met_to_the_weight(name: str, seed: int, share: floa
     space = SPACES[name]
     kept = budget_at(space, share)
     for strategy in space.decode_exact(points(space, seed), [kept] * 3):
-        assert space.cost.kept_params(strategy.values) == kept
+        assert space.cost.size_of(strategy.values) == kept
 
 
 def test_every_single_budget_of_a_small_space_is_met_to_the_weight() -> None:
@@ -157,7 +159,7 @@ def test_every_single_budget_of_a_small_space_is_met_to_the_weight() -> None:
         fewest, most = space.kept_range()
         budgets = list(range(fewest, most + 1))
         unit = points(space, 5, 1).expand(len(budgets), -1)
-        kept = [space.cost.kept_params(s.values) for s in space.decode_exact(unit, budgets)]
+        kept = [space.cost.size_of(s.values) for s in space.decode_exact(unit, budgets)]
         assert kept == budgets
 
 
@@ -167,7 +169,7 @@ def test_a_space_with_shapes_never_exceeds_a_budget(name: str, seed: int, share:
     space = SPACES[name]
     kept = budget_at(space, share)
     for strategy in space.decode_exact(points(space, seed), [kept] * 3):
-        assert space.cost.kept_params(strategy.values) <= kept
+        assert space.cost.size_of(strategy.values) <= kept
 
 
 @few
@@ -182,7 +184,7 @@ def test_a_space_with_choices_meets_a_budget_to_the_weight_where_a_block_survive
         removed = [a for a, v in strategy.settings if a.startswith("depth/") and v == 1]
         if len(removed) == sum(axis.is_shape for axis in space.axes) or not any(drops.values()):
             continue
-        spare = kept - space.cost.kept_params(strategy.values)
+        spare = kept - space.cost.size_of(strategy.values)
         alive = [v for a, v in strategy.settings if a.startswith("sparsity/") and v > 0]
         assert spare == 0 or not alive
 
@@ -200,7 +202,7 @@ def test_shapes_and_weights_together_meet_any_budget_to_the_weight(seed: int, sh
             for site, size, zeroed in zip(LARGE.sites, shape.sizes, shape.zeroed, strict=True)
             if size == site.num_weights
         ]
-        spare = kept - space.cost.kept_params(strategy.values)
+        spare = kept - space.cost.size_of(strategy.values)
         assert spare == 0 if any(whole) else spare >= 0
 
 
@@ -216,7 +218,20 @@ def test_of_shapes_nothing_is_taken_that_could_be_given_back(
             values = list(strategy.values)
             if values[a] > 0:
                 values[a] -= 1 / axis.num_steps
-                assert space.cost.kept_params(values) > kept
+                assert space.cost.size_of(values) > kept
+
+
+@few
+@given(seeds, shares)
+def test_zeros_that_nobody_asked_for_make_up_for_no_step_of_bits(seed: int, share: float) -> None:
+    space = SPACES["zeros and bits"]
+    bits = torch.tensor([axis.is_shape for axis in space.axes])
+    least = space.cost.size_of([axis.high if axis.is_shape else 0.0 for axis in space.axes])
+    kept = round(least + (0.05 + 0.95 * share) * (space.cost.total_size - least))
+    unit = (0.05 + 0.9 * points(space, seed)) * bits
+    for strategy in space.decode_exact(unit, [kept] * 3):
+        assert max(v for v, own in zip(strategy.values, bits, strict=True) if not own) < 0.01
+        assert space.cost.size_of(strategy.values) <= kept
 
 
 @few
@@ -226,7 +241,7 @@ def test_a_smaller_budget_never_keeps_more(name: str, seed: int) -> None:
     budgets = [budget_at(space, share / 25) for share in range(26)]
     unit = points(space, seed, 1).expand(len(budgets), -1)
     strategies = space.decode_exact(unit, budgets)
-    kept = [space.cost.kept_params(strategy.values) for strategy in strategies]
+    kept = [space.cost.size_of(strategy.values) for strategy in strategies]
     assert kept == sorted(kept)
 
 
@@ -254,15 +269,15 @@ def test_a_budget_below_the_range_names_the_nearest_that_can_be_met(name: str) -
         space.decode_exact(points(space, 0), [fewest + 1, fewest - 1, fewest])
     assert caught.value.nearest == fewest
     (strategy,) = space.decode_exact(points(space, 0, 1), [fewest])
-    assert space.cost.kept_params(strategy.values) == fewest
+    assert space.cost.size_of(strategy.values) == fewest
 
 
 @pytest.mark.parametrize("name", sorted(SPACES))
 def test_a_budget_above_the_dense_model_keeps_it_whole(name: str) -> None:
     space = SPACES[name]
-    (strategy,) = space.decode_exact(points(space, 1, 1), [space.cost.total_params + 5])
+    (strategy,) = space.decode_exact(points(space, 1, 1), [space.cost.total_size + 5])
     assert set(strategy.values) == {0.0}
-    assert space.cost.kept_params(strategy.values) == space.cost.total_params
+    assert space.cost.size_of(strategy.values) == space.cost.total_size
 
 
 @pytest.mark.parametrize("name", WITHOUT_CHOICES)
@@ -270,7 +285,7 @@ def test_uniform_is_equal_to_a_weight_and_exact(name: str) -> None:
     space = SPACES[name]
     for sparsity in (0.0, 0.1, 1 / 3, 0.6, 0.9):
         strategy = space.uniform(sparsity)
-        assert space.cost.kept_params(strategy.values) == space.kept_for_sparsity(sparsity)
+        assert space.cost.size_of(strategy.values) == space.kept_for_sparsity(sparsity)
         for axis, value in zip(space.axes, strategy.values, strict=True):
             assert abs(value - sparsity) <= 1.5 / axis.num_steps
 
@@ -288,7 +303,7 @@ def test_the_budget_of_a_sparsity_is_met_to_the_weight_in_models_of_billions(
 ) -> None:
     n = 80_000_000_000
     space = build_space(make_profile([[(n // 1000, 1000)]] * 2))
-    total = space.cost.total_params
+    total = space.cost.total_size
     assert total - space.kept_for_sparsity(sparsity) == round(2 * n * sparsity)
 
 
@@ -316,7 +331,7 @@ def test_budgets_are_met_at_levels_but_for_one_axis(seed: int, share: float, ste
     strategies = space.decode_exact(unit, [kept] * len(unit))
     plain = build_space(LARGE).decode_exact(unit, [kept] * len(unit))
     for strategy, fine in zip(strategies, plain, strict=True):
-        assert space.cost.kept_params(strategy.values) == kept
+        assert space.cost.size_of(strategy.values) == kept
         steps = [round(v * a.num_steps) for v, a in zip(strategy.values, space.axes, strict=True)]
         exact = [round(v * a.num_steps) for v, a in zip(fine.values, space.axes, strict=True)]
         assert all(0 <= n <= axis.max_step for n, axis in zip(steps, space.axes, strict=True))

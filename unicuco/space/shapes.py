@@ -93,12 +93,23 @@ class ShapeFill:
         if not bool(fits[-1]):
             return torch.where(self._counted, self._bottom, self.smallest)
         need = int(fits.float().argmax())
-        if bool(self._counted.any()):
-            # As many as the path has passed, but no more than leave counted axes something to do.
-            passed = int((place[order] <= 0).sum())
-            useful = int((self._kept(prefixes) >= budget).sum()) - 1
-            return self._without_idle(prefixes[max(need, min(passed, useful))])
-        return self._give_back(prefixes[need], self._step_axis[order[:need]].tolist(), budget)
+        taken_axes = self._step_axis[order]
+        if not bool(self._counted.any()):
+            return self._give_back(prefixes[need], taken_axes[:need].tolist(), budget)
+        if self._cost.counts_bytes:
+            # The first that, with the counted axes moved on to where the path passes the next step,
+            # are enough. Zeros that nobody asked for would save next to nothing, for where they are
+            # takes bits: the path passes steps before it makes many of them.
+            ends = torch.cat([place[order], torch.full((1,), _REACH, dtype=torch.float64)])
+            moved = self._low + torch.sigmoid(z + ends[:, None]) * self._span
+            rows = torch.where(self._counted, moved * self._num_steps, prefixes)
+            enough = self._kept(rows) <= budget + _EXACT - self._margin
+            num = max(need, int(enough.float().argmax()))
+            return self._give_back(prefixes[num], taken_axes[:num].tolist(), budget)
+        # As many as the path has passed, but no more than leave counted axes something to do.
+        passed = int((place[order] <= 0).sum())
+        useful = int((self._kept(prefixes) >= budget).sum()) - 1
+        return self._without_idle(prefixes[max(need, min(passed, useful))])
 
     def _without_last_part(self, order: Tensor) -> Tensor:
         """Leave out the last choice of an order: it would remove the last part."""
