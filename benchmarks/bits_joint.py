@@ -8,18 +8,21 @@
   and zstd, and against 4 bits in groups of 128. Embeddings are quantised and counted everywhere;
   files are measured, tables and scales included.
 
-``python -m benchmarks.bits_joint [joint] [packed] [--seeds 1] [--evaluations N] [--rounding R]``;
-results go to ``benchmarks/results/bits_joint.json``. KL is on test text, nats per token.
+``python -m benchmarks.bits_joint [joint] [packed] [--seeds 1] [--processes 2] …``; results go to
+``benchmarks/results/bits_joint.json`` after every seed. KL is on test text, nats per token.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import operator
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
@@ -54,39 +57,47 @@ _LEVEL: Final = 19  # of zstd: the best that is usual
 # --- joint ---------------------------------------------------------------------------------------
 
 
-def measure_joint(
-    seeds: int, evaluations: int | None, tokens: int, rounding: str
-) -> list[dict[str, object]]:
-    """Learn the three runs of every seed and judge their answers on test text."""
+def measure_joint(options: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
+    """Yield every seed's rows as soon as they are there, ``options.processes`` seeds at a time."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(
+        options.processes, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        seeds = [pool.submit(_joint_rows, seed, options) for seed in range(options.seeds)]
+        for done in as_completed(seeds):
+            yield done.result()
+
+
+def _joint_rows(seed: int, wanted: argparse.Namespace) -> list[dict[str, object]]:
+    """Learn the three runs of a seed and judge their answers on test text."""
     rows: list[dict[str, object]] = []
-    for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as scratch:
-            place = Path(scratch)
-            options = LearnOptions(
-                model="reference", out=place / "judge", dimensions=_JOINT, rounding=rounding
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        options = LearnOptions(
+            model="reference", out=place / "judge", dimensions=_JOINT, rounding=wanted.rounding
+        )
+        options.out.mkdir()
+        prepared = prepare(options, options.out, lambda _: None)
+        tokenizer = load_tokenizer(prepared.loaded.folder)
+        text = test_windows(tokenizer, None, tokens=wanted.test_tokens, context=prepared.context)
+        judge = LocalEvaluator(*prepared.judging(text))
+        for dimensions in (_JOINT, ("weight_bits",), ("sparsity",)):
+            started = time.process_time()
+            run = learn(
+                _options(place, dimensions, seed, wanted.evaluations, wanted.rounding),
+                backend=LocalBackend(),
+                progress=lambda _: None,
             )
-            options.out.mkdir()
-            prepared = prepare(options, options.out, lambda _: None)
-            tokenizer = load_tokenizer(prepared.loaded.folder)
-            text = test_windows(tokenizer, None, tokens=tokens, context=prepared.context)
-            judge = LocalEvaluator(*prepared.judging(text))
-            for dimensions in (_JOINT, ("weight_bits",), ("sparsity",)):
-                started = time.process_time()
-                run = learn(
-                    _options(place, dimensions, seed, evaluations, rounding),
-                    backend=LocalBackend(),
-                    progress=lambda _: None,
-                )
-                seconds = time.process_time() - started
-                for share in _BUDGETS:
-                    strategy = _answer(run, prepared.space, share)
-                    row = {"method": "+".join(dimensions), "seed": seed, "budget": share}
-                    row |= {"kl": None, "bytes": None, "cpu_seconds": seconds}
-                    if strategy is not None:
-                        row |= {"kl": judge.evaluate(strategy).kl}
-                        row |= {"bytes": _cost(prepared.space).packed_bytes(strategy.values)}
-                    rows.append(row)
-                    print(row, flush=True)
+            seconds = time.process_time() - started
+            for share in _BUDGETS:
+                strategy = _answer(run, prepared.space, share)
+                row = {"method": "+".join(dimensions), "seed": seed, "budget": share}
+                row |= {"kl": None, "bytes": None, "cpu_seconds": seconds}
+                if strategy is not None:
+                    row |= {"kl": judge.evaluate(strategy).kl}
+                    row |= {"bytes": _cost(prepared.space).packed_bytes(strategy.values)}
+                rows.append(row)
+                print(row, flush=True)
     return rows
 
 
@@ -234,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="joint, packed; both if none")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="seeds of joint, side by side")
     parser.add_argument("--evaluations", type=int, default=None)
     parser.add_argument("--rounding", default="nearest", help="nearest, gptq")
     parser.add_argument("--test-tokens", type=int, default=8192)
@@ -243,14 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = RESULTS / "bits_joint.json"
     document: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
     if "joint" in parts:
-        rows = measure_joint(
-            options.seeds, options.evaluations, options.test_tokens, options.rounding
-        )
+        rows: list[dict[str, object]] = []
+        for found in measure_joint(options):
+            rows = sorted([*rows, *found], key=operator.itemgetter("seed"))
+            document["joint"] = rows
+            save("bits_joint", document)
         show_joint(rows)
-        document["joint"] = rows
     if "packed" in parts:
-        found = [measure_packed(options.test_tokens, seed) for seed in range(options.seeds)]
-        document["packed"] = [row for rows in found for row in rows]
+        measured = [measure_packed(options.test_tokens, seed) for seed in range(options.seeds)]
+        document["packed"] = [row for found in measured for row in found]
         columns = ("method", "size", "bytes", "kl")
         print(table(list(columns), [[row[c] for c in columns] for row in document["packed"]]))
     print("saved to", save("bits_joint", document))

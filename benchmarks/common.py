@@ -126,10 +126,10 @@ def provenance() -> dict[str, object]:
 
 
 def save(name: str, document: dict[str, object]) -> Path:
-    """Write results to ``benchmarks/results/NAME.json``."""
+    """Write results to ``benchmarks/results/NAME.json``, with where the newest of them come from."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"provenance": provenance(), **document}, indent=1) + "\n")
+    path.write_text(json.dumps({**document, "provenance": provenance()}, indent=1) + "\n")
     return path
 
 

@@ -41,7 +41,7 @@ from cluster.local_ray import connected, named_address
 from cluster.metrics import RayMeter
 from cluster.pool import RayPool
 from cluster.replicas import ActorReplica, PipelineReplica, Replica
-from cluster.room import largest_memory_bytes, too_large
+from cluster.room import Share, gpu_share, largest_memory_bytes, num_gpus, too_large
 from cluster.versions import SameVersions
 from unicuco.errors import RequestError
 
@@ -60,12 +60,15 @@ class RayBackend:
         replicas: evaluators; each holds a copy of the model. More than there are cores share them.
         threads: of each replica, or of each of its shards.
         shards: actors that a replica's model is spread over.
+        gpus: of each replica, or of each of its shards: 0 none, up to 1 that much of one; none
+            asks for what there is when it starts, shared by all. On GPUs weights are cut and
+            blocks computed in bfloat16 (`unicuco.evaluate.device`).
         build_evaluator: makes a replica's evaluator from what `start` is given; must pickle.
         build_search: makes the search likewise.
         build_stage: makes a shard's stage from its `StageConfig` and arrays likewise.
 
     Raises:
-        RequestError: replicas, threads or shards below 1.
+        RequestError: replicas, threads or shards below 1, or GPUs not from 0 to 1.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class RayBackend:
         threads: int = 1,
         shards: int = 1,
         *,
+        gpus: float | None = None,
         build_evaluator: BuildEvaluator = build_local_evaluator,
         build_search: BuildSearch = build_configured_search,
         build_stage: BuildStage = build_stage,
@@ -82,10 +86,13 @@ class RayBackend:
         for name, value in (("replicas", replicas), ("threads", threads), ("shards", shards)):
             if value < 1:
                 raise RequestError(f"{name} must be at least 1, got {value}")
+        if not 0 <= (gpus or 0) <= 1:
+            raise RequestError(f"gpus must lie from 0 to 1, of every replica or shard, got {gpus}")
         self._address = address
         self._replicas = replicas
         self._threads = threads
         self._shards = shards
+        self._gpus = gpus
         self._build_stage = SameVersions(build_stage)
         self._build_evaluator = SameVersions(build_evaluator)
         self._build_search = SameVersions(build_search)
@@ -102,6 +109,7 @@ class RayBackend:
 
         Raises:
             ClusterError: no Ray can be reached or started, or the learner can't be placed.
+            RequestError: GPUs are asked for that this machine does not have.
         """
         pool = self.start_pool(evaluator, arrays)
 
@@ -118,6 +126,7 @@ class RayBackend:
 
         Raises:
             ClusterError: no Ray can be reached or started.
+            RequestError: as `start`.
         """
         if self._shards > 1:
             start_replica = self._pipelines(evaluator, arrays)
@@ -140,10 +149,12 @@ class RayBackend:
         """Return what starts a replica of one actor."""
         self._connect(sum(array.nbytes for array in arrays.values()))
         shared = ray.put(dict(arrays))
+        share = self._take_share()
+        config = _placed(evaluator, share)
         actor = ray.remote(EvaluatorActor).options(
-            num_cpus=self._cpu_share(), runtime_env=self._environment()
+            num_cpus=share.cpus, num_gpus=share.gpus, runtime_env=self._environment()
         )
-        return lambda: ActorReplica(actor.remote(self._build_evaluator, evaluator, shared))
+        return lambda: ActorReplica(actor.remote(self._build_evaluator, config, shared))
 
     def _pipelines(self, evaluator: EvaluatorConfig, arrays: Arrays) -> Callable[[], Replica]:
         """Return what starts a replica of several actors."""
@@ -159,13 +170,14 @@ class RayBackend:
         costs = measured_costs(evaluator, context=arrays["text/ids"].shape[1])
         plan = plan_shards(costs, self._shards, memory_bytes=largest_memory_bytes())
         weights = self._reachable(evaluator.weights)
-        configs = sharding.stage_configs(replace(evaluator, weights=weights), plan)
+        share, environment = self._take_share(), self._environment()
+        placed = _placed(replace(evaluator, weights=weights), share)
+        configs = sharding.stage_configs(placed, plan)
         parts = [sharding.stage_arrays(config, arrays) for config in configs]
         shared = [ray.put(dict(part)) for part in parts]
-        share, environment = self._cpu_share(), self._environment()
-
         options = {
-            "num_cpus": share,
+            "num_cpus": share.cpus,
+            "num_gpus": share.gpus,
             "runtime_env": environment,
             "allow_out_of_order_execution": True,
         }
@@ -258,27 +270,55 @@ class RayBackend:
         free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
         return min(float(self._threads), cpu_share(free, self._replicas * self._shards))
 
+    def _take_share(self) -> Share:
+        """Decide what each replica, or each of its shards, asks of Ray from now on.
+
+        Raises:
+            RequestError: GPUs that this machine does not have.
+        """
+        actors = self._replicas * self._shards
+        gpus = self._gpus
+        if gpus is None:
+            gpus = gpu_share(num_gpus(), actors)
+        elif self._address == "local" and gpus > gpu_share(num_gpus(), actors):
+            raise RequestError(
+                f"{actors} times {gpus:g} GPU have no room on the {num_gpus():g} GPUs of this "
+                "machine: ask for less, or leave gpus out"
+            )
+        self._asked = Share(self._cpu_share(), gpus)
+        return self._asked
+
     def _too_large(self) -> str | None:
         """Say in a line why no replica can ever start; none: one can."""
         if self._address == "local":
             return None  # they share what there is
-        return too_large(float(self._threads), self._shards)
+        return too_large(self._asked, self._shards)
 
     # Any: Ray's types of groups and of what actors may be started with.
-    def _group(self, share: float) -> tuple[Any, list[dict[str, Any]]]:
+    def _group(self, share: Share) -> tuple[Any, list[dict[str, Any]]]:
         """Return a group for one pipeline, and each shard's place in it; this machine needs none.
 
         Ray keeps a group on one node where it fits on one, and spreads it where it does not.
         """
         if self._address == "local":
             return None, [{}] * self._shards
-        group = placement_group([{"CPU": share}] * self._shards, strategy="PACK")
+        group = placement_group([share.resources] * self._shards, strategy="PACK")
         numbers = range(self._shards)
         places = [PlacementGroupSchedulingStrategy(group, number) for number in numbers]
         return group, [{"scheduling_strategy": place} for place in places]
 
     def _environment(self) -> dict[str, dict[str, str]]:
         return {"env_vars": _process_settings(self._threads)}
+
+
+# Any: as `RayBackend.start`; where there are GPUs it is an `EvaluatorConfig`.
+def _placed(evaluator: Any, share: Share) -> Any:
+    """Return an evaluator's configuration for where such a share is."""
+    if not share.gpus:
+        return evaluator
+    from unicuco.evaluate.device import on_gpu
+
+    return on_gpu(evaluator)
 
 
 def cpu_share(cpus: float, replicas: int) -> float:

@@ -35,8 +35,8 @@ class LearnConfig(BaseModel):
     """A job's YAML file; fields as in `unicuco.pipeline.LearnOptions`, and where to run.
 
     ``address`` left out means the cluster that the job runs on, if it runs on one, else a Ray of
-    its own; "none" is without Ray. ``threads`` are those of each replica, or of each of
-    its shards.
+    its own; "none" is without Ray. ``threads`` and ``gpus`` are those of each replica, or of
+    each of its shards (no ``gpus``: what there is, shared).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -53,6 +53,7 @@ class LearnConfig(BaseModel):
     replicas: int = 1
     shards: int = 1
     threads: int = 1
+    gpus: float | None = None
     calibration: str | None = None
     calibration_sampling: str = "even"
     rounding: str = "nearest"
@@ -133,19 +134,22 @@ class LearnConfig(BaseModel):
         """Return the backend that the address names.
 
         Raises:
-            RequestError: replicas, shards or threads that a process without Ray does not have.
+            RequestError: replicas, shards, threads or GPUs that a process without Ray does not
+                have.
         """
         if self.effective_address == "none":
-            if max(self.replicas, self.shards, self.threads) > 1:
+            if max(self.replicas, self.shards, self.threads) > 1 or self.gpus:
                 raise RequestError(
-                    "replicas, shards and threads need Ray; leave out `address: none`"
+                    "replicas, shards, threads and gpus need Ray; leave out `address: none`"
                 )
             from unicuco.pipeline import LocalBackend
 
             return LocalBackend()
         from cluster.driver import RayBackend
 
-        return RayBackend(self.effective_address, self.replicas, self.threads, self.shards)
+        return RayBackend(
+            self.effective_address, self.replicas, self.threads, self.shards, gpus=self.gpus
+        )
 
     @property
     def effective_address(self) -> str:

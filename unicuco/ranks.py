@@ -145,7 +145,7 @@ def narrowed_rank(rank: Tensor, rows: Tensor | None, columns: Tensor | None) -> 
     if rows is not None:
         rank = rank[rows]
     # What stays goes in the order it had; ranks are different within a row, so there are no ties.
-    return rank if columns is None else rank_rows(rank[:, columns].float())
+    return rank if columns is None else rank_rows(rank[:, columns].float()).to(rank.device)
 
 
 def build_ranks(

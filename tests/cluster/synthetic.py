@@ -28,6 +28,8 @@ class BowlConfig:
     die_at: str = "none"
     once_file: str = ""
     refuse: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 class Bowl:
@@ -58,7 +60,7 @@ class Bowl:
             kept_fraction=float(1 - point.mean()),
             gradient=tuple(2 * (point - self._arrays["target"])) if derivatives else None,
             tokens=64,
-            text_digest=describe(self._arrays["ballast"]),
+            text_digest=f"{self._config.device} {describe(self._arrays['ballast'])}",
             cost_units=3.0 if derivatives else 1.0,
             wall_s=time.perf_counter() - started,
         )

@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from cluster.driver import RayBackend, cpu_share
 from cluster.local_ray import connect
 from cluster.replicas import Replica
-from cluster.room import too_large
+from cluster.room import Share, gpu_share, too_large
 from tests.cluster.synthetic import (
     ARRAYS,
     Bowl,
@@ -101,7 +101,7 @@ def test_replicas_share_the_arrays_read_only_and_have_their_own_threads(
         drive(search, pool, store, num_evaluations=24, on_progress=ignore)
     outcomes = [outcome for _, outcome in store.read() if isinstance(outcome, Evaluation)]
     places = {outcome.text_digest for outcome in outcomes}
-    assert all(place.startswith("read-only threads=2 pid=") for place in places)
+    assert all(place.startswith("cpu read-only threads=2 pid=") for place in places)
     assert len(places) == 2, "both replicas worked"
 
 
@@ -167,11 +167,11 @@ def test_a_replica_larger_than_any_node_is_one_line() -> None:
 
 
 def test_more_shards_than_the_nodes_have_room_for_are_one_line() -> None:
-    assert too_large(1.0, 2) is None
-    assert too_large(0.001, 2000) is None
-    message = too_large(1.0, 2000)
+    assert too_large(Share(1.0), 2) is None
+    assert too_large(Share(0.001), 2000) is None
+    message = too_large(Share(1.0), 2000)
     assert message is not None
-    assert message.startswith("2000 shards of 1 threads have no room on 1 nodes of together ")
+    assert message.startswith("2000 shards of 1 threads have no room: 1 nodes have together ")
 
 
 def test_a_cluster_without_room_is_one_line() -> None:
@@ -202,6 +202,39 @@ def test_a_cluster_that_is_not_there_is_one_line(
 def test_replicas_threads_and_shards_below_one_are_refused(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(RequestError, match="must be at least 1"):
         RayBackend("local", *numbers)
+
+
+@pytest.mark.parametrize("gpus", [-0.5, 1.5, 2])
+def test_more_than_one_gpu_for_one_replica_is_refused(gpus: float) -> None:
+    with pytest.raises(RequestError, match="gpus must lie from 0 to 1"):
+        RayBackend("local", gpus=gpus)
+
+
+def test_gpus_that_this_machine_lacks_are_one_line() -> None:
+    with (
+        RayBackend(
+            "local", 2, gpus=0.5, build_evaluator=Bowl, build_search=DigestSearch
+        ) as wanting,
+        pytest.raises(RequestError, match=r"2 times 0\.5 GPU have no room on the 0 GPUs of this"),
+    ):
+        wanting.start(BowlConfig(), ARRAYS, 4)
+
+
+def test_gpus_that_no_node_has_are_one_line() -> None:
+    with RayBackend("auto", 1, gpus=1, build_evaluator=Bowl, build_search=DigestSearch) as wanting:
+        _, pool = wanting.start(BowlConfig(), ARRAYS, 4)
+        pool._start_timeout_s = 1.0
+        pool.submit(make_ask(b"12345678"))
+        line = "a replica of 1 threads and 1 GPU fits on no node: the largest has .* and 0 GPUs"
+        with pytest.raises(ClusterError, match=line):
+            pool.next_outcome()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "actors", "share"), [(0, 3, 0), (1, 1, 1), (1, 3, 0.3333), (2, 3, 0.5), (4, 3, 1)]
+)
+def test_actors_share_the_gpus_that_there_are(gpus: float, actors: int, share: float) -> None:
+    assert gpu_share(gpus, actors) == share
 
 
 @pytest.mark.parametrize(

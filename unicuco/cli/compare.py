@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unicuco.cli.backend import AddressOption, ReplicasOption, check_address, open_backend
+from unicuco.cli.backend import (
+    AddressOption,
+    GpusOption,
+    ReplicasOption,
+    check_address,
+    open_backend,
+)
 from unicuco.cli.progress import ProgressDisplay
 from unicuco.cli.request_options import parse_numbers
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
@@ -74,12 +80,13 @@ def compare(
     ] = 16_384,
     address: AddressOption = "local",
     replicas: ReplicasOption = 1,
+    gpus: GpusOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare allocators: each answers every sparsity, exactly, and is measured on unseen text."""
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
-        check_address(address, replicas=replicas)
+        check_address(address, replicas=replicas, gpus=gpus)
         numbers = parse_numbers("--sparsity", sparsity)
         from unicuco.pipeline import CompareOptions
         from unicuco.pipeline import compare as compare_allocators
@@ -100,7 +107,7 @@ def compare(
         with ProgressDisplay() as progress:
             report = compare_allocators(
                 options,
-                backend_factory=lambda: open_backend(address, replicas=replicas),
+                backend_factory=lambda: open_backend(address, replicas=replicas, gpus=gpus),
                 progress=progress,
             )
         notes = _notes(report)

@@ -51,7 +51,7 @@ def compress(
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
         counts_cache = asked.max_total_bytes is not None
         request = replace(asked, context=learning.context if counts_cache else None).to_domain()
-        check_address(address, replicas=replicas, shards=learning.shards)
+        check_address(address, replicas=replicas, shards=learning.shards, gpus=learning.gpus)
         from unicuco.pipeline import Run
         from unicuco.pipeline import compress as compress_model
 
@@ -64,7 +64,7 @@ def compress(
                 request,
                 out,
                 backend_factory=lambda: open_backend(
-                    address, replicas=replicas, shards=learning.shards
+                    address, replicas=replicas, shards=learning.shards, gpus=learning.gpus
                 ),
                 progress=progress,
             )

@@ -41,7 +41,7 @@ def learn(
     Afterwards [bold]plan[/bold] and [bold]prune[/bold] answer any request from the run folder.
     """
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
-        check_address(address, replicas=replicas, shards=learning.shards)
+        check_address(address, replicas=replicas, shards=learning.shards, gpus=learning.gpus)
         from unicuco.pipeline import learn as learn_run
         from unicuco.pipeline.publishing import run_place
 
@@ -49,7 +49,9 @@ def learn(
         options = learning.to_domain(
             model, folder, replicas=replicas, resume=resume, publish_to=publish_to, store=store
         )
-        backend = open_backend(address, replicas=replicas, shards=learning.shards)
+        backend = open_backend(
+            address, replicas=replicas, shards=learning.shards, gpus=learning.gpus
+        )
         with ProgressDisplay() as progress:
             run = learn_run(options, backend=backend, progress=progress)
         terminal.show(run_document(run, options.place), describe_run(options.place))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from unicuco.cli.backend import GpusOption
 from unicuco.cli.shared_options import with_fields
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class LearnChoices:
     shards: Annotated[
         int, typer.Option("--shards", min=1, help="Parts per copy.", rich_help_panel="Cluster")
     ] = 1
+    gpus: GpusOption = None
 
     def to_domain(
         self,

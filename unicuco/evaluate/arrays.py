@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unicuco.evaluate.device import move
 from unicuco.importance.units import UnitStore
 from unicuco.models import build_skeleton
 from unicuco.objectives import DenseReference
@@ -58,9 +59,9 @@ def pack_text(ids: Tensor, reference: DenseReference) -> dict[str, NDArray[np.ge
     return dict(map(_as_array, named.items()))
 
 
-def unpack(arrays: Arrays) -> dict[str, Tensor]:
-    """Return arrays as tensors by their plain names, in place."""
-    tensors = {name: _as_tensor(name, array) for name, array in arrays.items()}
+def unpack(arrays: Arrays, device: str = "cpu") -> dict[str, Tensor]:
+    """Return arrays as tensors by their plain names; on the CPU in place."""
+    tensors = {name: _as_tensor(name, array).to(device) for name, array in arrays.items()}
     return {name.removeprefix(_BFLOAT16): tensor for name, tensor in tensors.items()}
 
 
@@ -80,10 +81,16 @@ def state_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def working_copy(model_config: str, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Build a model of one's own, in float32, of its configuration as JSON and its tensors."""
+def working_copy(
+    model_config: str,
+    state: Mapping[str, Tensor],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Build a model of one's own of its configuration as JSON and its tensors."""
     model = build_skeleton(json.loads(model_config))
     model.float().eval().requires_grad_(False)
+    move(model, device, dtype)
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
     tensors = model.state_dict(keep_vars=True)
     loaded = {tensors[name].data_ptr() for name in state if name in tensors}

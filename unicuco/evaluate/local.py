@@ -5,7 +5,7 @@ weights), the search text runs through it, and its KL to the cached dense predic
 over tokens; with derivatives, a backward pass gives the derivative along every axis: of sparsity by
 rank windows, of shapes as `unicuco.evaluate.shape_slopes` says.
 Dense weights, ranks, text and dense predictions may be read-only arrays shared by all evaluators of
-a node. Computation is in float32.
+a node. On a GPU all of them and the working copy are in its memory.
 
 What it does not know: why a strategy is asked, and where it stands in a run.
 """
@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from unicuco.dimensions import ByteCost, build_cost
 from unicuco.errors import RequestError
 from unicuco.evaluate.arrays import Arrays, reference_of, state_of, unpack, working_copy
+from unicuco.evaluate.device import dtype_of
 from unicuco.evaluate.measure import (
     EvaluatorConfig,
     by_axis,
@@ -67,13 +68,13 @@ class LocalEvaluator:
             torch.set_num_threads(config.threads)
         self.config = config
         self._cost = build_cost(config.profile, config.dimensions, config.granularity)
-        tensors = unpack(arrays)
+        tensors = unpack(arrays, config.device)
         self._ids = tensors["text/ids"]
         self._reference = reference_of(tensors)
         state = state_of(tensors)
         if not state:
             raise RequestError("a model in shards is judged on Ray: give an address, or one shard")
-        self._model = working_copy(config.model_config, state)
+        self._model = working_copy(config.model_config, state, config.device, dtype_of(config))
         sites = config.profile.sites
         self._sites = SiteWeights(
             {site.path: state[f"{site.path}.weight"] for site in sites},
@@ -240,7 +241,8 @@ class LocalEvaluator:
             if "depth" in self.config.dimensions:
                 self._cost.apply(self._model, [0.0] * len(values))  # gates remove them instead
                 for p, part in enumerate(self._cost.parts):
-                    factor = torch.tensor(float(p not in shape.parts), requires_grad=True)
+                    there = float(p not in shape.parts)
+                    factor = torch.tensor(there, device=self.config.device, requires_grad=True)
                     self._gates[p] = factor
                     module = self._model.get_submodule(part.path)
                     hooks.callback(gate(module, factor).remove)
@@ -349,9 +351,9 @@ class LocalEvaluator:
         site = self._site(part.sites[-1])
         gradient = _weight(self._model, site).grad
         assert gradient is not None, "gradients follow a run with derivatives"
-        change = self._last_matrix(p, new) - self._last_matrix(p, old)
+        change = self._last_matrix(p, new).float() - self._last_matrix(p, old)
         return Change(
-            first=float((gradient * change).sum()),
+            first=float((gradient.float() * change).sum()),
             second=self._sites.curvature(site, part, change),
         )
 

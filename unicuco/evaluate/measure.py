@@ -31,7 +31,8 @@ class EvaluatorConfig:
     as they are). ``tasks`` are the texts, of equally many windows each, that the search text is
     made of, where there are several. ``levels`` is the folder of a level database that sites are
     taken from instead of being cut by the rank store; such evaluators know no derivatives and no
-    row rules. ``weights`` is where stages read theirs; others are given them.
+    row rules. ``weights`` is where stages read theirs; others are given them. ``device`` and
+    ``dtype`` are torch's names (`unicuco.evaluate.device`).
     """
 
     model_config: str
@@ -43,6 +44,8 @@ class EvaluatorConfig:
     tasks: tuple[str, ...] = ()
     levels: str = ""
     weights: WeightSource | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

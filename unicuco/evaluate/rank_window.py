@@ -52,5 +52,5 @@ def site_derivative(
         - fisher_sums[threshold - below : threshold].sum()
     ) / (below + above)
     inside = (rank >= threshold - below) & (rank < threshold + above)
-    first_order = float((gradient * weight * inside).sum()) / (below + above)
+    first_order = float((gradient.float() * weight * inside).sum()) / (below + above)
     return num_columns * (correction - first_order)

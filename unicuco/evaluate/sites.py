@@ -72,7 +72,7 @@ class SiteWeights:
             out.copy_(self._levels.materialise(site, num_dropped))
         elif dense.dtype == out.dtype:
             cut(dense, self._ranks[site.path], num_dropped, rows=rows, out=out)
-        else:  # weights that are kept in half precision are computed with in float32
+        else:  # weights may be kept in another precision than they are computed with
             out.copy_(cut(dense, self._ranks[site.path], num_dropped, rows=rows))
 
     @torch.no_grad()
@@ -96,9 +96,9 @@ class SiteWeights:
             matrix = cut(matrix, rank, num_zeroed)
         out = oriented(target, site).zero_()
         if columns is not None:
-            out[:, columns] = matrix
+            out[:, columns] = matrix.to(out.dtype)
         else:
-            out[rows] = matrix
+            out[rows] = matrix.to(out.dtype)
 
     @torch.no_grad()
     def narrow_bias(self, site: Site, part: Part, less: Narrowing, target: Tensor) -> None:
@@ -157,7 +157,7 @@ class SiteWeights:
         own = own if rows is None else own[rows]
         own = own if columns is None else own[:, columns]
         sums, width = self._fisher[site.path], matrix.shape[1]
-        places = torch.arange(width) * len(sums) // width
+        places = torch.arange(width, device=sums.device) * len(sums) // width
         return site_derivative(
             own,
             matrix,
@@ -194,12 +194,13 @@ class SiteWeights:
         assert self._units is not None, "a narrowed part has units"
         rows, _ = self._units.kept_lines(part, less, site)
         assert rows is not None, "the last matrix of a part loses columns"
-        gone = torch.ones(len(self._dense[site.path]), dtype=torch.bool)
-        gone[rows] = False
-        dense = self._dense[site.path]
-        oriented(target, site)[gone] = dense[gone].to(target.dtype)
+        live = [(oriented(target, site), self._dense[site.path])]
         if bias is not None:
-            bias[gone] = self._biases[site.path][gone].to(bias.dtype)
+            live.append((bias, self._biases[site.path]))
+        for out, dense in live:
+            kept = out[rows]
+            out.copy_(dense)
+            out[rows] = kept
 
 
 def oriented(matrix: Tensor, site: Site) -> Tensor:

@@ -40,7 +40,7 @@ def damped(moment: Tensor, share: float) -> Tensor:
     """
     moment = moment.double()
     added = share * float(moment.diagonal().mean()) or 1.0
-    return moment + added * torch.eye(len(moment), dtype=torch.float64)
+    return moment + added * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
 
 
 def leverage_order(moment: Tensor) -> Tensor:

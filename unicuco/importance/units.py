@@ -124,7 +124,7 @@ class UnitStore:
             pairs = self.kept_pairs(part, less)
             return torch.cat([pairs, pairs + part.head_size // 2], dim=1)
         size = part.head_size - (less.ranks if position >= 2 else 0)
-        return torch.arange(size).expand(groups, -1)
+        return torch.arange(size, device=self.orders[part.path].device).expand(groups, -1)
 
     def _last(self, part: Part, less: Narrowing, weight: Tensor) -> Tensor:
         matrix = self.last_matrix(part, less.units, weight)
@@ -245,7 +245,7 @@ def last_sites(profile: ModelProfile) -> dict[str, str]:
 def unit_indices(units: Tensor, num_units: int, size: int) -> Tensor:
     """Return the rows or columns, out of ``size``, that some units own, in the units' order."""
     each = size // num_units
-    return (units[:, None] * each + torch.arange(each)).flatten()
+    return (units[:, None] * each + torch.arange(each, device=units.device)).flatten()
 
 
 def fit_columns(weight: Tensor, moment: Tensor, columns: Tensor) -> Tensor:

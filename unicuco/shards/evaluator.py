@@ -26,6 +26,7 @@ from torch import Tensor
 from unicuco.dimensions import build_cost
 from unicuco.errors import RequestError
 from unicuco.evaluate.arrays import Arrays, reference_of, unpack
+from unicuco.evaluate.device import dtype_of
 from unicuco.evaluate.measure import (
     EvaluatorConfig,
     WindowGroup,
@@ -92,9 +93,11 @@ class StageEvaluator:
             raise RequestError("shards judge the dimension sparsity alone; use one shard")
         self.config = evaluator
         self._cost = build_cost(evaluator.profile, evaluator.dimensions, evaluator.granularity)
-        tensors = unpack(arrays)
+        tensors = unpack(arrays, evaluator.device)
         self._ids = tensors["text/ids"]
-        skeleton = Skeleton(evaluator.model_config, evaluator.profile)
+        skeleton = Skeleton(
+            evaluator.model_config, evaluator.profile, evaluator.device, dtype_of(evaluator)
+        )
         assert evaluator.weights is not None, "stages read their own weights"
         reader = TensorReader(evaluator.weights, skeleton.model)
         self.stage = Stage(skeleton, config.blocks, reader)
@@ -134,7 +137,7 @@ class StageEvaluator:
             relay = Relay(hidden=np.empty(0))
             hidden = self.stage.embed(windows_of(self._ids, ask.tokens))
         else:
-            hidden = _tensor(relay)
+            hidden = self._hidden(relay)
         hidden = self.stage.forward(drops, hidden, received)
         if not self.stage.is_last:
             if received is not None:
@@ -154,7 +157,7 @@ class StageEvaluator:
         """
         started = time.perf_counter()
         received = self._received.pop(_key(ask))
-        return self._back(ask, relay, received, _tensor(relay), started)
+        return self._back(ask, relay, received, self._hidden(relay), started)
 
     def forget(self, ask: Ask) -> None:
         """Drop what is kept for a strategy that another stage gave up."""
@@ -199,9 +202,14 @@ class StageEvaluator:
     def _drops(self, ask: Ask) -> Drops:
         return self._cost.site_drops(ask.strategy.values)
 
+    def _hidden(self, relay: Relay) -> Tensor:
+        (hidden,) = unpack({"hidden": relay.hidden}, self.config.device).values()
+        return hidden.to(self.stage.skeleton.dtype)
+
     def _handed(self, relay: Relay, hidden: Tensor, started: float) -> Relay:
+        message = hidden.float().cpu().numpy()
         seconds = relay.seconds + time.perf_counter() - started
-        return replace(relay, hidden=hidden.numpy(), seconds=seconds)
+        return replace(relay, hidden=message, seconds=seconds)
 
     def _concluded(self, ask: Ask, relay: Relay, started: float) -> Evaluation:
         count = len(relay.kl_sums)
@@ -307,10 +315,6 @@ def stage_arrays(config: StageConfig, arrays: Arrays) -> Arrays:
 def relay_bytes(config: EvaluatorConfig, arrays: Arrays) -> int:
     """Return the bytes of one message about the whole text."""
     return int(arrays["text/ids"].size) * hidden_size(config.profile) * _FLOAT_BYTES
-
-
-def _tensor(relay: Relay) -> Tensor:
-    return unpack({"hidden": relay.hidden})["hidden"]
 
 
 def _key(ask: Ask) -> _Key:

@@ -63,15 +63,27 @@ class Skeleton:
     Args:
         model_config: the model's configuration as JSON.
         profile: the model's.
+        device: torch's name of where it runs.
+        dtype: of parameters and hidden states.
 
     Raises:
         ModelError: the family's code can't be taken apart at its blocks.
     """
 
-    def __init__(self, model_config: str, profile: ModelProfile) -> None:
+    def __init__(
+        self,
+        model_config: str,
+        profile: ModelProfile,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         config = json.loads(model_config)
         self.model = build_skeleton(config, on_meta=True)
         self.model.float().eval()
+        self.device = device
+        self.dtype = dtype
+        for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
+            self.place_buffer(name, buffer.to(device))
         self.profile = profile
         # Any real token: one that pads would only be warned of.
         self._token = int(config.get("pad_token_id") == 0)
@@ -128,7 +140,7 @@ class Skeleton:
         return logits[0]
 
     def _dummy(self, width: int) -> Tensor:
-        return torch.full((1, width), self._token)
+        return torch.full((1, width), self._token, device=self.device)
 
     def _as_output(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -216,10 +228,11 @@ class Skeleton:
 
     def _haunt(self) -> None:
         """Put ghosts in the place of all parameters outside the blocks."""
+        ghost = torch.zeros((), device=self.device, dtype=self.dtype)
         for path, module in self._outer_modules():
             for own, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
-                    self.place(f"{path}.{own}".lstrip("."), torch.zeros(()).expand(parameter.shape))
+                    self.place(f"{path}.{own}".lstrip("."), ghost.expand(parameter.shape))
 
     def _run(self, ids: Tensor, handler: _Handler) -> Tensor | None:
         """Run the family's code with ``handler`` in the blocks' place; none if that stopped it."""
@@ -241,7 +254,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _no_product(out_features: int, inputs: Tensor) -> Tensor:
-    return torch.zeros(()).expand(*inputs.shape[:-1], out_features)
+    return inputs.new_zeros(()).expand(*inputs.shape[:-1], out_features)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

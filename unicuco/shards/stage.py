@@ -1,9 +1,9 @@
 """`Stage`: a contiguous range of a model's blocks, run on strategies forward and backward.
 
 A stage reads its own tensors from the model's files and no others: its blocks, with the first range
-what embeds tokens, with the last what makes logits. Dense weights stay as they are stored; a block
-is cut into one block's worth of float32 memory, used for all windows of the text, and forgotten, so
-that a stage never holds a second copy of its weights.
+what embeds tokens, with the last what makes logits. Dense weights stay as they are stored, on the
+skeleton's device; a block is cut into one block's worth of memory there, used for all windows of
+the text, and forgotten, so that a stage never holds a second copy of its weights.
 
 Going backward, a block is run again from what it received, with gradients, one window at a time;
 kept are only what the blocks received. The gradient of a matrix lives until its slope is read off
@@ -166,7 +166,7 @@ class Stage:
 
         Args:
             block: of the range.
-            drops: what its sites lose; none: the dense matrices themselves, in float32.
+            drops: what its sites lose; none: the dense matrices themselves.
         """
         sites = [site for site in self.sites if site.block == block]
         metas = [self._live(site) for site in sites]
@@ -192,7 +192,10 @@ class Stage:
     def _buffer(self, number: int, shape: torch.Size) -> Tensor:
         """Return the memory that the ``number``-th matrix of any block is cut into."""
         if (number, shape) not in self._buffers:
-            self._buffers[number, shape] = torch.empty(shape)
+            skeleton = self.skeleton
+            self._buffers[number, shape] = torch.empty(
+                shape, device=skeleton.device, dtype=skeleton.dtype
+            )
         return self._buffers[number, shape]
 
     def _read(self, profile: ModelProfile, reader: TensorReader) -> dict[str, Tensor]:
@@ -202,15 +205,15 @@ class Stage:
         dense: dict[str, Tensor] = {}
         for name in self._own_parameters(profile):
             shape = skeleton.model.get_parameter(name).shape
-            tensor = reader.read(skeleton.aliases[name], shape)
+            tensor = reader.read(skeleton.aliases[name], shape).to(skeleton.device)
             if name in sites:
                 dense[sites[name]] = tensor
             else:
                 self._replaced[name] = skeleton.model.get_parameter(name).detach()
-                skeleton.place(name, tensor.float())
+                skeleton.place(name, tensor.to(skeleton.dtype))
         for name, buffer in skeleton.model.named_buffers():
             if self._is_own_block(name, profile) and reader.holds(name):
-                own = reader.read([name], buffer.shape).to(buffer.dtype)
+                own = reader.read([name], buffer.shape).to(buffer.device, buffer.dtype)
                 skeleton.place_buffer(name, own)
         return dense
 
