@@ -126,7 +126,7 @@ def provenance() -> dict[str, object]:
 
 
 def save(name: str, document: dict[str, object]) -> Path:
-    """Write results to ``benchmarks/results/NAME.json``, with where the newest of them come from."""
+    """Write results to ``benchmarks/results/NAME.json``, and where the newest come from."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**document, "provenance": provenance()}, indent=1) + "\n")

@@ -41,7 +41,14 @@ from cluster.local_ray import connected, named_address
 from cluster.metrics import RayMeter
 from cluster.pool import RayPool
 from cluster.replicas import ActorReplica, PipelineReplica, Replica
-from cluster.room import Share, gpu_share, largest_memory_bytes, num_gpus, too_large
+from cluster.room import (
+    Share,
+    gpu_share,
+    largest_memory_bytes,
+    num_gpus,
+    too_large,
+    torch_knows_gpus,
+)
 from cluster.versions import SameVersions
 from unicuco.errors import RequestError
 
@@ -109,7 +116,7 @@ class RayBackend:
 
         Raises:
             ClusterError: no Ray can be reached or started, or the learner can't be placed.
-            RequestError: GPUs are asked for that this machine does not have.
+            RequestError: GPUs are asked for that torch or this machine does not have.
         """
         pool = self.start_pool(evaluator, arrays)
 
@@ -274,12 +281,17 @@ class RayBackend:
         """Decide what each replica, or each of its shards, asks of Ray from now on.
 
         Raises:
-            RequestError: GPUs that this machine does not have.
+            RequestError: GPUs that torch or this machine does not have.
         """
         actors = self._replicas * self._shards
         gpus = self._gpus
+        if gpus and not torch_knows_gpus():
+            raise RequestError(
+                "this torch is built for CPUs alone: install one with CUDA on every node, or leave "
+                "gpus out"
+            )
         if gpus is None:
-            gpus = gpu_share(num_gpus(), actors)
+            gpus = gpu_share(num_gpus(), actors) if torch_knows_gpus() else 0.0
         elif self._address == "local" and gpus > gpu_share(num_gpus(), actors):
             raise RequestError(
                 f"{actors} times {gpus:g} GPU have no room on the {num_gpus():g} GPUs of this "

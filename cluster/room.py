@@ -51,6 +51,13 @@ def gpu_share(gpus: float, actors: int) -> float:
     return math.floor(_GRAIN / each) / _GRAIN
 
 
+def torch_knows_gpus() -> bool:
+    """Say whether this torch was built for GPUs; nodes have the same (`cluster.versions`)."""
+    import torch  # here alone: the driver may be only about to load it
+
+    return bool(torch.backends.cuda.is_built())
+
+
 def num_gpus() -> float:
     """Return the GPUs of all nodes that are there."""
     return sum(node.get("GPU", 0.0) for node in _nodes())

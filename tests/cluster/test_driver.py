@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from cluster import driver
 from cluster.driver import RayBackend, cpu_share
 from cluster.local_ray import connect
 from cluster.replicas import Replica
@@ -210,7 +211,16 @@ def test_more_than_one_gpu_for_one_replica_is_refused(gpus: float) -> None:
         RayBackend("local", gpus=gpus)
 
 
-def test_gpus_that_this_machine_lacks_are_one_line() -> None:
+def test_gpus_that_torch_was_not_built_for_are_one_line() -> None:
+    with (
+        RayBackend("local", gpus=1, build_evaluator=Bowl, build_search=DigestSearch) as wanting,
+        pytest.raises(RequestError, match="this torch is built for CPUs alone"),
+    ):
+        wanting.start(BowlConfig(), ARRAYS, 4)
+
+
+def test_gpus_that_this_machine_lacks_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "torch_knows_gpus", lambda: True)
     with (
         RayBackend(
             "local", 2, gpus=0.5, build_evaluator=Bowl, build_search=DigestSearch
@@ -220,7 +230,8 @@ def test_gpus_that_this_machine_lacks_are_one_line() -> None:
         wanting.start(BowlConfig(), ARRAYS, 4)
 
 
-def test_gpus_that_no_node_has_are_one_line() -> None:
+def test_gpus_that_no_node_has_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "torch_knows_gpus", lambda: True)
     with RayBackend("auto", 1, gpus=1, build_evaluator=Bowl, build_search=DigestSearch) as wanting:
         _, pool = wanting.start(BowlConfig(), ARRAYS, 4)
         pool._start_timeout_s = 1.0

@@ -19,10 +19,12 @@ pytestmark = pytest.mark.alone
 PROGRAM = """
 import json, sys
 import ray
+from cluster import driver
 from cluster.driver import RayBackend
 from cluster.local_ray import connect
 from tests.cluster.synthetic import ARRAYS, Bowl, BowlConfig, DigestSearch, make_ask
 
+driver.torch_knows_gpus = lambda: True
 connect(address="local", num_cpus=3, num_gpus=2, include_dashboard=False, _temp_dir=sys.argv[1])
 found = {}
 for name, options in {
