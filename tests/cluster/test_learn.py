@@ -132,7 +132,7 @@ def test_a_job_that_is_stopped_says_how_to_go_on(
         (
             {"model": "m", "out": "o", "replicas": 2, "address": "none"},
             2,
-            "replicas, shards and threads need Ray",
+            "replicas, shards, threads and gpus need Ray",
         ),
         (["model"], 2, "must name options, one a line"),
     ],
@@ -233,4 +233,4 @@ def test_the_yaml_has_the_option_names_of_the_command_line() -> None:
     from unicuco.pipeline import LearnOptions
 
     names = {field.name for field in fields(LearnOptions)} - {"publish_to"}  # `out` says both
-    assert set(LearnConfig.model_fields) == names | {"threads", "address"}
+    assert set(LearnConfig.model_fields) == names | {"threads", "gpus", "address"}

@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from unicuco.cli.backend import AddressOption, ReplicasOption, check_address, open_backend
+from unicuco.cli.backend import (
+    AddressOption,
+    GpusOption,
+    ReplicasOption,
+    check_address,
+    open_backend,
+)
 from unicuco.cli.latency_check import CheckOption, latency_check
 from unicuco.cli.learn_options import LearnChoices, with_learn_options
 from unicuco.cli.plan_table import plan_table
@@ -39,6 +45,7 @@ def compress(
     learning: LearnChoices,
     address: AddressOption = "local",
     replicas: ReplicasOption = 1,
+    gpus: GpusOption = None,
     check: CheckOption = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -51,7 +58,7 @@ def compress(
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
         counts_cache = asked.max_total_bytes is not None
         request = replace(asked, context=learning.context if counts_cache else None).to_domain()
-        check_address(address, replicas=replicas, shards=learning.shards, gpus=learning.gpus)
+        check_address(address, replicas=replicas, shards=learning.shards, gpus=gpus)
         from unicuco.pipeline import Run
         from unicuco.pipeline import compress as compress_model
 
@@ -64,7 +71,7 @@ def compress(
                 request,
                 out,
                 backend_factory=lambda: open_backend(
-                    address, replicas=replicas, shards=learning.shards, gpus=learning.gpus
+                    address, replicas=replicas, shards=learning.shards, gpus=gpus
                 ),
                 progress=progress,
             )

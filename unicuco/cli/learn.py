@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-from unicuco.cli.backend import AddressOption, ReplicasOption, check_address, open_backend
+from unicuco.cli.backend import (
+    AddressOption,
+    GpusOption,
+    ReplicasOption,
+    check_address,
+    open_backend,
+)
 from unicuco.cli.learn_options import LearnChoices, with_learn_options
 from unicuco.cli.progress import ProgressDisplay
 from unicuco.cli.run_summary import describe_run, run_document
@@ -33,6 +39,7 @@ def learn(
     ] = "",
     address: AddressOption = "local",
     replicas: ReplicasOption = 1,
+    gpus: GpusOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -41,7 +48,7 @@ def learn(
     Afterwards [bold]plan[/bold] and [bold]prune[/bold] answer any request from the run folder.
     """
     with open_terminal(ctx, as_json=as_json, debug=debug) as terminal:
-        check_address(address, replicas=replicas, shards=learning.shards, gpus=learning.gpus)
+        check_address(address, replicas=replicas, shards=learning.shards, gpus=gpus)
         from unicuco.pipeline import learn as learn_run
         from unicuco.pipeline.publishing import run_place
 
@@ -49,9 +56,7 @@ def learn(
         options = learning.to_domain(
             model, folder, replicas=replicas, resume=resume, publish_to=publish_to, store=store
         )
-        backend = open_backend(
-            address, replicas=replicas, shards=learning.shards, gpus=learning.gpus
-        )
+        backend = open_backend(address, replicas=replicas, shards=learning.shards, gpus=gpus)
         with ProgressDisplay() as progress:
             run = learn_run(options, backend=backend, progress=progress)
         terminal.show(run_document(run, options.place), describe_run(options.place))

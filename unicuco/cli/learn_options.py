@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from unicuco.cli.backend import GpusOption
 from unicuco.cli.shared_options import with_fields
 
 if TYPE_CHECKING:
@@ -132,7 +131,6 @@ class LearnChoices:
     shards: Annotated[
         int, typer.Option("--shards", min=1, help="Parts per copy.", rich_help_panel="Cluster")
     ] = 1
-    gpus: GpusOption = None
 
     def to_domain(
         self,
