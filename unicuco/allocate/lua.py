@@ -47,6 +47,7 @@ from unicuco.rows import RowRule
 from unicuco.types import Strategy
 
 _BYTES_PER_WEIGHT: Final = 4 * 6  # ranks as float, logits, mask, masked weight and two gradients
+_LEAST_LOGIT: Final = -60.0  # below, masks and what they multiply would be subnormal numbers
 _FORMAT: Final = 1
 _HEADER: Final = "unicuco.lua"
 
@@ -187,8 +188,13 @@ def row_places(rank: Tensor) -> Tensor:
 
 
 def soft_mask(rank: Tensor, thresholds: Tensor) -> Tensor:
-    """Return σ(i (s - t)), ``o x i`` in (0, 1), from ``o x i`` ranks and ``o`` thresholds."""
-    return torch.sigmoid(rank.shape[1] * (row_places(rank) - thresholds[:, None]))
+    """Return σ(i (s - t)), ``o x i`` in (0, 1), from ``o x i`` ranks and ``o`` thresholds.
+
+    Logits end at -60, far below what a float32 sum notices: products of subnormal numbers would
+    take a hundred times as long.
+    """
+    logits = rank.shape[1] * (row_places(rank) - thresholds[:, None])
+    return torch.sigmoid(logits.clamp(min=_LEAST_LOGIT))
 
 
 def budget_penalty(masks: Sequence[Tensor], kept: float) -> Tensor:

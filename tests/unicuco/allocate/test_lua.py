@@ -92,6 +92,14 @@ def test_rounded_masks_drop_what_the_row_counts_say() -> None:
     assert torch.equal(found.row_counts({"a": 30})["a"], (mask == 0).sum(1))
 
 
+def test_no_mask_is_so_small_that_its_products_are_subnormal() -> None:
+    rank, t = torch.arange(1024).expand(2, 1024), torch.tensor([0.5, 0.9])
+    mask = soft_mask(rank, t)
+    assert float(mask.min()) > 1e8 * torch.finfo(torch.float32).tiny
+    exact = torch.sigmoid(1024 * (row_places(rank) - t[:, None]).double())
+    assert torch.allclose(mask.double(), exact, rtol=1e-4, atol=1e-25)
+
+
 def test_the_budget_penalty_is_the_log_ratio_either_way_with_a_gradient() -> None:
     t = torch.tensor([0.5, 0.5], requires_grad=True)
     mask = soft_mask(torch.arange(10).expand(2, 10), t)
