@@ -22,7 +22,7 @@ from unicuco.shards.evaluator import ShardedEvaluator
 from unicuco.shards.plan import ShardPlan
 from unicuco.testing.cases import EvaluationCase, make_evaluation_case
 from unicuco.testing.tiny import tiny_model_folder
-from unicuco.types import Strategy
+from unicuco.types import Evaluation, Strategy
 
 TWO = ShardPlan(stages=(range(1), range(1, 2)))
 _READ: Final[dict[Any, object]] = {  # Any: slots of a C type
@@ -57,6 +57,14 @@ def middle(case: EvaluationCase) -> Strategy:
     axes = case.space.axes
     values = [(1 + a.max_step // 3) / a.num_steps if a.max_step else 0.4 for a in axes]
     return Strategy(settings=tuple(zip(case.space.names, values, strict=True)))
+
+
+def assert_near(found: Evaluation, exact: Evaluation) -> None:
+    assert found.kl == pytest.approx(exact.kl, rel=0.02)
+    assert found.gradient is not None
+    assert exact.gradient is not None
+    largest = max(map(abs, exact.gradient))
+    assert found.gradient == pytest.approx(exact.gradient, abs=0.03 * largest)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2"])
@@ -112,12 +120,8 @@ def test_bfloat16_measures_what_float32_does(family: str, tmp_path: Path) -> Non
         ShardedEvaluator(config, TWO, case.arrays),
     ):
         found = evaluator.evaluate(strategy, derivatives=True)
-        assert found.kl == pytest.approx(exact.kl, rel=0.02)
+        assert_near(found, exact)
         assert found.kl != exact.kl
-        assert found.gradient is not None
-        assert exact.gradient is not None
-        largest = max(map(abs, exact.gradient))
-        assert found.gradient == pytest.approx(exact.gradient, abs=0.03 * largest)
 
 
 def test_narrowed_matrices_in_bfloat16_measure_what_float32_does(tmp_path: Path) -> None:
@@ -127,8 +131,4 @@ def test_narrowed_matrices_in_bfloat16_measure_what_float32_does(tmp_path: Path)
     found = LocalEvaluator(replace(case.config, dtype="bfloat16"), case.arrays).evaluate(
         strategy, derivatives=True
     )
-    assert found.kl == pytest.approx(exact.kl, rel=0.02)
-    assert found.gradient is not None
-    assert exact.gradient is not None
-    largest = max(map(abs, exact.gradient))
-    assert found.gradient == pytest.approx(exact.gradient, abs=0.03 * largest)
+    assert_near(found, exact)
