@@ -54,11 +54,26 @@ def test_killed_hung_and_new_nodes_leave_the_run_as_it_would_have_been(
     assert rows(tmp_path / "run") == undisturbed
 
 
+def test_replicas_are_spread_where_one_node_has_room_for_all(
+    tmp_path: Path, cluster: Cluster, tiny_llama: Path, tiny_text_file: Path
+) -> None:
+    leave_the_head_alone(cluster)
+    nodes = [cluster.start_node(4) for _ in range(2)]
+    small = {"model": str(tiny_llama), "calibration": str(tiny_text_file), "context": 64}
+    with learning(tmp_path, joined(cluster), **small, replicas=2, evaluations=999) as job:
+        job.wait_for(lambda: all(node.actors("EvaluatorActor") for node in nodes))
+
+
+def leave_the_head_alone(cluster: Cluster) -> None:
+    """Kill the nodes that earlier tests added."""
+    for node in cluster.nodes:
+        node.send(signal.SIGKILL)
+
+
 def test_what_nodes_can_not_do_is_one_line(
     tmp_path: Path, cluster: Cluster, tiny_llama: Path, tiny_text_file: Path
 ) -> None:
-    for node in cluster.nodes:
-        node.send(signal.SIGKILL)
+    leave_the_head_alone(cluster)
     other = tmp_path / "site" / "transformers-5.0.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.0\n")
