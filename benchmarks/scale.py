@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from benchmarks.common import RESULTS, Bench, save, table
@@ -47,6 +48,7 @@ from unicuco.types import Ask, Evaluation, Outcome, Strategy
 
 _REPLICAS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _ROUNDS = (3, 64, 512)
+_QUIET_PERCENT = 10.0  # of all cores
 _TROUBLE = {
     "nothing goes wrong": Trouble(),
     "1 in 20 takes 5 times as long": Trouble(straggling=0.05),
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--replicas", type=int, default=200, help="Simulated, of the driver.")
     parser.add_argument("--seconds", type=float, default=0.4, help="Of their evaluations.")
     parser.add_argument("--evaluations", type=int, default=4000)
-    parser.add_argument("--round-size", type=int, default=1000, help="Of the driver's search.")
+    parser.add_argument("--round-size", type=int, default=1250, help="Of the driver's search.")
     values = parser.parse_args(arguments)
     torch.set_num_threads(1)
     bench = Bench(values.model, test_tokens=512)
@@ -163,6 +165,7 @@ def _driver(bench: Bench, values: argparse.Namespace) -> dict[str, object]:
             values.replicas,
             meter=meter,
         )
+        _settle()
         _driven(learner, pool, values.evaluations)
         learner.close()
     seconds = max(times) - min(times)
@@ -178,6 +181,13 @@ def _driver(bench: Bench, values: argparse.Namespace) -> dict[str, object]:
     }
     print(table(["what", "figure"], list(figures.items())))
     return {"figures": figures}
+
+
+def _settle(wait_s: float = 30.0) -> None:
+    """Wait until a Ray that was just started does not take this machine's cores any more."""
+    deadline = time.monotonic() + wait_s
+    while psutil.cpu_percent(interval=1.0) > _QUIET_PERCENT and time.monotonic() < deadline:
+        pass
 
 
 def measure_times(bench: Bench) -> Times:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -212,4 +213,7 @@ def build_configured_search(config: Any) -> AskTell:
     """Build the search that a `SearchConfig` describes."""
     from unicuco.search import build_search
 
+    # Optimisers import it at their first step, for seconds in which replicas would have to wait;
+    # now they are starting themselves.
+    import_module("torch._dynamo")
     return build_search(config)
