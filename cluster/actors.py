@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from cluster.pulse import thread_clock
+from unicuco.memory import free_bytes, give_back_freed
 from unicuco.types import Ask, FailedEvaluation, Outcome
 
 if TYPE_CHECKING:  # at run time the package of searches would load GPyTorch into every replica
@@ -33,6 +35,10 @@ Message: TypeAlias = "Relay | Outcome | None"
 
 # Any: Ray's own handle types lose what class the actor is of.
 Handle = Any
+
+# Memory is short where less is free than so many times what a process takes before it builds: the
+# model comes to that, and other replicas are beside it.
+_ROOM: Final = 4
 
 
 class EvaluatorActor:
@@ -52,6 +58,7 @@ class EvaluatorActor:
 
     def start(self) -> None:
         """Build the evaluator."""
+        _be_thrifty_where_memory_is_short()
         self._evaluator = self._build(self._config, self._arrays)
 
     def evaluate(self, ask: Ask) -> Outcome:
@@ -83,6 +90,7 @@ class ShardActor:
 
     def start(self) -> None:
         """Build the stage."""
+        _be_thrifty_where_memory_is_short()
         self._stage = self._build(self._config, self._arrays)
 
     def confirm(self, *started: None) -> None:
@@ -192,6 +200,15 @@ class RangeServer:
     def read(self, name: str, begin: int, count: int) -> NDArray[np.uint8]:
         """Return so many bytes of a file, fewer where it ends before."""
         return np.fromfile(self._paths[name], dtype=np.uint8, count=count, offset=begin)
+
+
+def _be_thrifty_where_memory_is_short() -> None:
+    """Give freed tensors back to the system where this process could hardly grow.
+
+    That takes page faults, an eighth of the time of an evaluation without derivatives.
+    """
+    if free_bytes() < _ROOM * psutil.Process().memory_info().rss:
+        give_back_freed()
 
 
 # Any: the builders' own types, imported only where they run.

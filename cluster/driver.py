@@ -352,7 +352,6 @@ def _process_settings(threads: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
-        # 50 to 100 MB less for the reference model at the same speed. To return more to the system
-        # (a threshold of 1 MB) costs page faults, an eighth of the time of an evaluation.
+        # 50 to 100 MB less for the reference model, at the same speed.
         "MALLOC_ARENA_MAX": "1",
     }
