@@ -162,7 +162,7 @@ def _in_own_process(stage: list[object]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     ).stdout
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
