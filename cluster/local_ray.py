@@ -39,7 +39,7 @@ _PREFIX: Final = "uc-"
 _LOCK: Final = "driver.lock"
 
 _REACH_S: Final = 10.0
-_START_ATTEMPTS: Final = 2
+_ATTEMPTS: Final = 2
 
 
 @contextmanager
@@ -51,7 +51,14 @@ def local_ray(array_bytes: int) -> Iterator[None]:
     """
     with _own_folder() as folder, _own_token():
         try:
-            _start(folder, max(_LEAST_OBJECTS_BYTES, 2 * array_bytes + _SLACK_BYTES))
+            connect(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=max(_LEAST_OBJECTS_BYTES, 2 * array_bytes + _SLACK_BYTES),
+                _temp_dir=folder,
+                # Replicas get processes with their own settings: early ones would stay idle.
+                _system_config={"prestart_worker_first_driver": False},
+            )
             yield
         finally:
             ray.shutdown()
@@ -83,27 +90,14 @@ def connected(address: str, array_bytes: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def _start(folder: str, object_bytes: int) -> None:
-    # Ray gives its own processes 30 s to start; a machine that is busy and cold needs a second try.
-    for attempt in range(_START_ATTEMPTS):
-        try:
-            return connect(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=object_bytes,
-                _temp_dir=folder,
-                # Replicas get processes with their own settings: early ones would stay idle.
-                _system_config={"prestart_worker_first_driver": False},
-            )
-        except ClusterError:
-            ray.shutdown()
-            if attempt == _START_ATTEMPTS - 1:
-                raise
-
-
 # Any: what `ray.init` takes
 def connect(*, address: str, **options: Any) -> None:
     """Call `ray.init` so that it prints nothing and leaves this process' signals as they are.
+
+    What may work the second time is tried again: Ray gives its own processes 30 s to start, which
+    is short on a machine that is busy and cold; and the server of a ``ray://`` head forks while
+    gRPC's threads run, which kills one child in twenty unless the head has
+    ``GRPC_ENABLE_FORK_SUPPORT=0``.
 
     Raises:
         ClusterError: there is no such cluster, it lets nobody in, or it can't be started.
@@ -116,10 +110,16 @@ def connect(*, address: str, **options: Any) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every actor warns
     # What a raylet has to say would come out on stdout, whatever `log_to_driver` is.
     ray_worker._worker_logs_enabled = False
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except Exception as error:  # Ray raises plain ones too
-        raise ClusterError(_explained(address, error)) from error
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            break
+        except Exception as error:  # Ray raises plain ones too
+            ray.shutdown()
+            # What a client's own server raises comes as the former.
+            again = isinstance(error, ConnectionAbortedError) or address == "local"
+            if not (again and attempts_left):
+                raise ClusterError(_explained(address, error)) from error
     if threading.current_thread() is threading.main_thread():
         # Set again, Ray's handler (it leaves by `sys.exit`) is rid of the stack trace around it.
         its = signal.getsignal(signal.SIGTERM)

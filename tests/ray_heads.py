@@ -146,6 +146,8 @@ def ray_head(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A server for a client is forked while gRPC's threads run: one in twenty dies of it.
+            "GRPC_ENABLE_FORK_SUPPORT": "0",
             **environment,
         },
     )
