@@ -89,6 +89,7 @@ class SleepingReplica:
     """A replica that answers when its time is up, and costs this process next to nothing."""
 
     capacity = 1
+    ahead = 0
 
     def __init__(self, clock: Clock, model: CurveModel, seconds: float, times: list[float]) -> None:
         self._clock, self._model, self._seconds, self._times = clock, model, seconds, times

@@ -1,10 +1,12 @@
 """`RayPool`: asks to replicas, outcomes back in finish order, whatever happens to the replicas.
 
 Asks wait in one queue for whichever replica has room: one for an actor, several for a pipeline of
-shards. A replica of which anything dies is started again as a whole, and its asks go first to the
-next that is free; until they are judged they run alone, for one of them may have been the reason.
-So is one that hangs; what is merely late is given to a second replica, and the first answer counts.
-A strategy that takes three replicas down with it becomes a failed evaluation.
+shards. While as many wait as there may be replicas, an actor is sent its next ask ahead, so that it
+does not idle for Ray's round trip. A replica of which anything dies is started again as a whole,
+and its asks go first to the next that is free; until they are judged they run alone, for one of
+them may have been the reason. So is one that hangs; what is merely late is given to a second
+replica, and the first answer counts. A strategy that takes three replicas down with it becomes a
+failed evaluation.
 
 The number of replicas is a demand: those that there is room for work, the others join when nodes
 come, and where nodes can go too, those without work for as long as a start takes are given back.
@@ -112,7 +114,7 @@ class RayPool:
         self._wanted_at = math.inf  # nothing is given back before there was anything to do
         for _ in range(num_replicas):
             self._add()
-        room = sum(member.replica.capacity for member in self._members)
+        room = sum(member.replica.capacity + member.replica.ahead for member in self._members)
         self.max_pending = room + num_replicas * _QUEUED_PER_REPLICA
         self._thread = threading.Thread(target=self._run, name="unicuco-replicas", daemon=True)
         self._thread.start()
@@ -220,7 +222,9 @@ class RayPool:
 
     def _dispatch(self) -> None:
         self._late = [ask for ask in self._late if ask in self._open and not self._gave(ask)]
-        while self._waiting and self._gave(self._waiting[0]):
+        while self._waiting and self._gave(
+            self._waiting[0], ahead=len(self._waiting) >= self._num_replicas
+        ):
             self._waiting.popleft()
         if not self._waiting or len(self._members) == self._num_replicas:
             return
@@ -228,11 +232,12 @@ class RayPool:
         while len(self._waiting) > coming and len(self._members) < self._num_replicas:
             coming += self._add().replica.capacity
 
-    def _gave(self, ask: Ask) -> bool:
-        """Give an ask to the emptiest replica; say whether any had room."""
+    def _gave(self, ask: Ask, *, ahead: bool = False) -> bool:
+        """Give an ask to the emptiest replica, perhaps ahead; say whether any had room."""
         member: _Member | None = None
         for one in self._members:
-            if self._has_room(one, ask) and (member is None or len(one.asks) < len(member.asks)):
+            has_room = self._has_room(one, ask, ahead=ahead)
+            if has_room and (member is None or len(one.asks) < len(member.asks)):
                 member = one
                 if not one.asks:
                     break
@@ -241,10 +246,11 @@ class RayPool:
             self._watch(member, ask, member.replica.evaluate(ask))
         return member is not None
 
-    def _has_room(self, member: _Member, ask: Ask) -> bool:
+    def _has_room(self, member: _Member, ask: Ask, *, ahead: bool) -> bool:
         """Say whether a replica can take an ask; what saw one die gets a replica to itself."""
         # Asked of every replica for every ask: what most of them answer comes first.
-        if not member.is_ready or len(member.asks) >= member.replica.capacity:
+        room = member.replica.capacity + ahead * member.replica.ahead
+        if not member.is_ready or len(member.asks) >= room:
             return False
         if not member.asks:
             return True
@@ -255,6 +261,8 @@ class RayPool:
         now = time.monotonic()
         self._lateness.finished(ask, now - member.asks.pop(ask))
         member.since = now
+        if member.replica.ahead:  # what was sent ahead begins now
+            member.asks = dict.fromkeys(member.asks, now)
         self._answer(ask, outcome)
 
     def _settle_failure(self, member: _Member, ask: Ask, error: BaseException) -> None:

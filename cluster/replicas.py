@@ -29,7 +29,11 @@ class Replica(Protocol):
 
     @property
     def capacity(self) -> int:
-        """How many asks it can have at a time."""
+        """How many asks it works on at a time."""
+
+    @property
+    def ahead(self) -> int:
+        """How many more may wait with it: 1 where it works on them one after the other, else 0."""
 
     def start(self) -> Ref:
         """Build what evaluates; the reference resolves to nothing."""
@@ -49,6 +53,7 @@ class ActorReplica:
     """
 
     capacity = 1
+    ahead = 1
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
@@ -73,6 +78,8 @@ class PipelineReplica:
         handles: the actors' in the order of their blocks.
         group: the placement group that is theirs alone, or none.
     """
+
+    ahead = 0  # one more would be a message about all tokens that every stage keeps
 
     # Any: a placement group has no public type in Ray's client.
     def __init__(self, handles: Sequence[Handle], group: Any) -> None:

@@ -30,6 +30,7 @@ class FakePipeline:
     """Holds three asks; one whose key is in ``deadly`` kills it together with all it holds."""
 
     capacity = 3
+    ahead = 0
 
     def __init__(self, deadly: set[str], log: list[list[str]], *, mute: bool) -> None:
         self._deadly = deadly
@@ -111,6 +112,51 @@ def test_asks_go_to_the_emptiest_replica_and_the_pool_says_how_many_it_takes() -
             pool.submit(make_ask(bytes([k] * 8), position=k))
         assert wait_until(lambda: sum(len(pipeline.held) for pipeline in pipelines) == 4, 60)
         assert [len(pipeline.held) for pipeline in pipelines] == [2, 2]
+
+
+class FakeActor(FakePipeline):
+    """Works on one ask at a time and keeps another."""
+
+    capacity = 1
+    ahead = 1
+
+    def work(self) -> None:
+        key = next(iter(self.held))
+        self.held.pop(key).future().set_result(evaluation(key))
+
+
+def test_an_actor_is_sent_one_ask_ahead_while_as_many_wait_as_there_are_replicas() -> None:
+    actors: list[FakeActor] = []
+
+    def start() -> FakeActor:
+        actors.append(FakeActor(set(), [], mute=True))
+        actors[-1].stuck = True
+        return actors[-1]
+
+    asks = [make_ask(bytes([k] * 8), position=k) for k in range(1, 7)]
+    keys = [ask.strategy.key for ask in asks]
+    with closing(RayPool(start, 2)) as pool:
+        assert pool.max_pending == 6
+        for ask in asks[:3]:
+            pool.submit(ask)
+        assert wait_until(lambda: all(actor.held for actor in actors), 60)
+        assert [len(actor.held) for actor in actors] == [1, 1], "whoever is first takes the third"
+        for ask in asks[3:]:
+            pool.submit(ask)
+        assert wait_until(
+            lambda: (
+                [list(actor.held) for actor in actors] == [[keys[0], keys[2]], [keys[1], keys[3]]]
+            ),
+            60,
+        )
+        actors[0].work()
+        assert pool.next_outcome()[0] == asks[0]
+        assert wait_until(lambda: list(actors[0].held) == [keys[2], keys[4]], 60)
+        actors[0].work()
+        assert pool.next_outcome()[0] == asks[2]
+        actors[0].work()
+        assert pool.next_outcome()[0] == asks[4]
+        assert wait_until(lambda: list(actors[0].held) == [keys[5]], 60)
 
 
 def test_the_first_of_two_answers_counts_and_the_second_is_dropped() -> None:
