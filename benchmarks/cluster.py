@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from benchmarks.common import Bench, save, table
-from benchmarks.speed import measure_replicas
+from benchmarks.speed import measure_replicas, pool_s
 from cluster.driver import RayBackend
 from cluster.pool import RayPool
 from unicuco.dimensions import Granularity, build_space
@@ -77,7 +77,7 @@ def _pipelines(values: argparse.Namespace) -> dict[str, object]:
         for backend in backends:
             pools.append(backend.start_pool(config, arrays))
             # The next one asks what is free: this one must have taken what it takes.
-            _pool_seconds(pools[-1], [_ask(bench.space.uniform(0.5), derivatives=False)])
+            pool_s(pools[-1], [_ask(bench.space.uniform(0.5), derivatives=False)])
         for derivatives in (False, True):
             asks = [
                 _ask(bench.space.uniform(0.3 + 0.4 * k / _STRATEGIES), derivatives=derivatives)
@@ -98,7 +98,7 @@ def _one_row(
     stages: ShardedEvaluator, pools: Sequence[RayPool], asks: Sequence[Ask]
 ) -> dict[str, float]:
     per_stage = _stage_seconds(stages, asks[: max(2, len(asks) // 4)])
-    pipeline, single, double = (_pool_seconds(pool, asks) / len(asks) for pool in pools)
+    pipeline, single, double = (pool_s(pool, asks) / len(asks) for pool in pools)
     ideal = sum(per_stage) / max(per_stage)
     return {
         "total over slowest stage": ideal,
@@ -128,15 +128,6 @@ def _stage_seconds(stages: ShardedEvaluator, asks: Sequence[Ask]) -> list[float]
             if ask.derivatives:
                 message = timed(number, stage.backward, ask, message)
     return [seconds / len(asks) for seconds in spent]
-
-
-def _pool_seconds(pool: RayPool, asks: Sequence[Ask]) -> float:
-    started = time.perf_counter()
-    for ask in asks:
-        pool.submit(ask)
-    for _ in asks:
-        pool.next_outcome()
-    return time.perf_counter() - started
 
 
 def _memory(values: argparse.Namespace) -> dict[str, object]:

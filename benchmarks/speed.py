@@ -14,19 +14,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import Bench, save, table
+from cluster.actors import Arrays
 from cluster.driver import RayBackend
+from cluster.pool import RayPool
 from unicuco.errors import UnicucoError
 from unicuco.evaluate import LocalEvaluator
 from unicuco.pipeline import LearnOptions, LocalBackend, Run, learn, prune
-from unicuco.types import Ask, Request, Target
+from unicuco.search.drive import outcome_of
+from unicuco.types import Ask, Evaluation, Request, Strategy, Target
 
 _REPEATS = 15
 _EVALUATIONS = 16  # of a replica measurement
+_SLEEP_S = 0.05
 
 
 def mixed_requests() -> list[Request]:
@@ -41,12 +46,7 @@ def mixed_requests() -> list[Request]:
 
 def median_s(work: Callable[[], object], repeats: int = _REPEATS) -> float:
     """Return the median seconds of a call, the first one left out."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median([wall_s(work) for _ in range(repeats + 1)][1:])
 
 
 def measure_plans(run: Run) -> dict[str, float]:
@@ -75,9 +75,7 @@ def measure_cutting(run: Run, folder: Path) -> dict[str, float]:
     for number in range(_REPEATS):
         for name, work in works.items():
             target = folder / f"{name}{number}"
-            started = time.perf_counter()
-            work(target)
-            times[name].append(time.perf_counter() - started)
+            times[name].append(wall_s(partial(work, target)))
             shutil.rmtree(target)
     medians = {name: statistics.median(values) for name, values in times.items()}
     figures = {f"{name}_ms": 1000 * seconds for name, seconds in medians.items()}
@@ -92,6 +90,23 @@ def _copy(source: Path, target: Path, *, hashed: bool) -> None:
             if hashed:
                 hashlib.file_digest(file, "sha256")
             os.fsync(file.fileno())
+
+
+def wall_s(work: Callable[[], object]) -> float:
+    """Return the wall seconds of a call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def pool_s(pool: RayPool, asks: Sequence[Ask]) -> float:
+    """Return the wall seconds in which a pool evaluates asks."""
+    started = time.perf_counter()
+    for ask in asks:
+        pool.submit(ask)
+    for _ in asks:
+        pool.next_outcome()
+    return time.perf_counter() - started
 
 
 def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:
@@ -121,27 +136,52 @@ def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:
             )
             pools.append(pool)
         for _ in range(pairs + 1):
-            started = time.perf_counter()
-            for ask in asks:
-                local.evaluate(ask.strategy)
-            in_process = time.perf_counter() - started
-            seconds = []
-            for pool in pools:
-                started = time.perf_counter()
-                for ask in asks:
-                    pool.submit(ask)
-                for _ in asks:
-                    pool.next_outcome()
-                seconds.append(time.perf_counter() - started)
-            ratios.append(seconds[0] / seconds[1])
-            overheads.append(seconds[0] / in_process)
-            extra_ms.append(1000 * (seconds[0] - in_process) / len(asks))
-            print(f"in-process {in_process:.2f} s, one {seconds[0]:.2f}, two {seconds[1]:.2f}")
-    return {
+            in_process = wall_s(lambda: [outcome_of(local, ask) for ask in asks])
+            on_one, on_two = (pool_s(pool, asks) for pool in pools)
+            ratios.append(on_one / on_two)
+            overheads.append(on_one / in_process)
+            extra_ms.append(1000 * (on_one - in_process) / len(asks))
+            print(f"in-process {in_process:.2f} s, one {on_one:.2f}, two {on_two:.2f}")
+    return measure_handing_over(asks, pairs) | {
         "two_replicas_speedup": statistics.median(ratios[1:]),
         "ray_over_in_process": statistics.median(overheads[1:]),
         "ray_extra_ms": statistics.median(extra_ms[1:]),
     }
+
+
+class Sleeper:
+    """An evaluator whose evaluations take as long as it says, whatever else this machine does."""
+
+    def evaluate(self, strategy: Strategy, *, tokens: int | None, derivatives: bool) -> Evaluation:
+        """Sleep."""
+        time.sleep(_SLEEP_S)
+        return Evaluation(
+            strategy_key=strategy.key,
+            kl=1.0,
+            kept_fraction=0.5,
+            gradient=None,
+            tokens=tokens or 0,
+            text_digest="",
+            cost_units=1.0,
+            wall_s=_SLEEP_S,
+        )
+
+
+def build_sleeper(config: None, arrays: Arrays) -> Sleeper:
+    """Build one in a replica."""
+    return Sleeper()
+
+
+def measure_handing_over(asks: Sequence[Ask], pairs: int) -> dict[str, float]:
+    """Time what one Ray replica adds to an evaluation that does nothing but take its time."""
+    local = Sleeper()
+    extra_ms = []
+    with RayBackend(build_evaluator=build_sleeper) as backend:
+        pool = backend.start_pool(None, {})
+        for _ in range(pairs + 1):
+            in_process = wall_s(lambda: [outcome_of(local, ask) for ask in asks])
+            extra_ms.append(1000 * (pool_s(pool, asks) - in_process))
+    return {"handing_over_ms": statistics.median(extra_ms[1:]) / len(asks)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
