@@ -50,7 +50,7 @@ def test_a_wrong_field_is_refused(config: dict[str, Any]) -> None:
 
 
 def test_a_token_opens_it_and_its_dashboard_is_on_loopback(config: dict[str, Any]) -> None:
-    assert "RAY_AUTH_MODE=token" in config["docker"]["run_options"][-1]
+    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     head = started(config["head_start_ray_commands"])
     assert (head["head"], head["dashboard_host"]) == (True, "127.0.0.1")
