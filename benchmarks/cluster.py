@@ -1,7 +1,7 @@
 """What the cluster costs and gains: Ray's overhead, replicas, pipelines, memory of shards.
 
-``python -m benchmarks.cluster [replicas|pipelines|memory]…``; each part's results go to
-``benchmarks/results/cluster_PART.json``. Ratios within one run, medians; memory as the operating
+``python -m benchmarks.cluster [replicas|handing_over|pipelines|memory]…``; each part's results go
+to ``benchmarks/results/cluster_PART.json``. Ratios within one run, medians; memory as the operating
 system gives it. The model of random weights for ``memory`` is written to a temporary folder.
 """
 
@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from benchmarks.common import Bench, save, table
-from benchmarks.speed import measure_replicas, pool_s
+from benchmarks.speed import measure_handing_over, measure_replicas, pool_s
 from cluster.driver import RayBackend
 from cluster.pool import RayPool
 from unicuco.dimensions import Granularity, build_space
@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _replicas(values: argparse.Namespace) -> dict[str, object]:
     return dict(measure_replicas(Bench(values.model, test_tokens=512), values.pairs))
+
+
+def _handing_over(values: argparse.Namespace) -> dict[str, object]:
+    return dict(measure_handing_over(Bench(values.model, test_tokens=512), values.pairs))
 
 
 def _pipelines(values: argparse.Namespace) -> dict[str, object]:
@@ -250,6 +254,7 @@ def _write_random_model(folder: Path, hidden: int, blocks: int) -> None:
 
 _PARTS: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "replicas": _replicas,
+    "handing_over": _handing_over,
     "pipelines": _pipelines,
     "memory": _memory,
 }

@@ -109,20 +109,20 @@ def pool_s(pool: RayPool, asks: Sequence[Ask]) -> float:
     return time.perf_counter() - started
 
 
+def _asks(bench: Bench) -> list[Ask]:
+    strategies = [bench.space.uniform(0.3 + 0.4 * k / _EVALUATIONS) for k in range(_EVALUATIONS)]
+    return [
+        Ask(round=0, position=k, strategy=strategy, derivatives=False)
+        for k, strategy in enumerate(strategies)
+    ]
+
+
 def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:
     """Time the same evaluations in-process, on one Ray replica and on two, interleaved.
 
     One thread each. Both pools stay up, idle ones cost nothing.
     """
-    asks = [
-        Ask(
-            round=0,
-            position=k,
-            strategy=bench.space.uniform(0.3 + 0.4 * k / _EVALUATIONS),
-            derivatives=False,
-        )
-        for k in range(_EVALUATIONS)
-    ]
+    asks = _asks(bench)
     torch.set_num_threads(1)
     local = LocalEvaluator(bench.prepared.evaluator, bench.search_arrays)
     ratios: list[float] = []
@@ -142,7 +142,7 @@ def measure_replicas(bench: Bench, pairs: int) -> dict[str, float]:
             overheads.append(on_one / in_process)
             extra_ms.append(1000 * (on_one - in_process) / len(asks))
             print(f"in-process {in_process:.2f} s, one {on_one:.2f}, two {on_two:.2f}")
-    return measure_handing_over(asks, pairs) | {
+    return {
         "two_replicas_speedup": statistics.median(ratios[1:]),
         "ray_over_in_process": statistics.median(overheads[1:]),
         "ray_extra_ms": statistics.median(extra_ms[1:]),
@@ -172,8 +172,9 @@ def build_sleeper(config: None, arrays: Arrays) -> Sleeper:
     return Sleeper()
 
 
-def measure_handing_over(asks: Sequence[Ask], pairs: int) -> dict[str, float]:
+def measure_handing_over(bench: Bench, pairs: int) -> dict[str, float]:
     """Time what one Ray replica adds to an evaluation that does nothing but take its time."""
+    asks = _asks(bench)
     local = Sleeper()
     extra_ms = []
     with RayBackend(build_evaluator=build_sleeper) as backend:
@@ -181,7 +182,8 @@ def measure_handing_over(asks: Sequence[Ask], pairs: int) -> dict[str, float]:
         for _ in range(pairs + 1):
             in_process = wall_s(lambda: [outcome_of(local, ask) for ask in asks])
             extra_ms.append(1000 * (pool_s(pool, asks) - in_process))
-    return {"handing_over_ms": statistics.median(extra_ms[1:]) / len(asks)}
+    extra_ms = [total / len(asks) for total in extra_ms[1:]]
+    return {"ray_extra_ms": statistics.median(extra_ms), "largest": max(extra_ms)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
