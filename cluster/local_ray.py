@@ -115,11 +115,11 @@ def connect(*, address: str, **options: Any) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
             break
         except Exception as error:  # Ray raises plain ones too
-            ray.shutdown()
             # What a client's own server raises comes as the former.
-            again = isinstance(error, ConnectionAbortedError) or address == "local"
-            if not (again and attempts_left):
+            may_pass = isinstance(error, ConnectionAbortedError) or address == "local"
+            if not (may_pass and attempts_left):
                 raise ClusterError(_explained(address, error)) from error
+            ray.shutdown()
     if threading.current_thread() is threading.main_thread():
         # Set again, Ray's handler (it leaves by `sys.exit`) is rid of the stack trace around it.
         its = signal.getsignal(signal.SIGTERM)

@@ -36,7 +36,7 @@ from unicuco.errors import ClusterError, UnicucoError
 from unicuco.types import Ask, FailedEvaluation, Outcome
 
 _MAX_DEATHS: Final = 3
-_QUEUED_PER_REPLICA: Final = 1
+_QUEUED_PER_REPLICA: Final = 1  # fewer, and nothing would be sent ahead
 _TOO_LARGE_AFTER_S: Final = 20.0
 _LOOK_EVERY_S: Final = 0.5
 _CLOSE_S: Final = 30.0
