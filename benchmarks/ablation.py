@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,7 @@ from benchmarks.common import Bench, save, table
 from unicuco.allocate import ALLOCATORS, Allocator
 from unicuco.search import SearchConfig, build_search, learn_network
 from unicuco.search.hypervolume import hypervolume
+from unicuco.space import StrategySpace
 from unicuco.stratnet import StratNetAllocator
 from unicuco.surrogate import EPSILON, Surrogate, SurrogateOptions
 from unicuco.types import Evaluation, Strategy
@@ -34,7 +36,26 @@ FRONT = tuple(round(0.1 + 0.1 * k, 1) for k in range(9))  # 0.1 … 0.9, for the
 Evaluated = list[tuple[Strategy, Evaluation]]
 
 
-def run_search(bench: Bench, config: SearchConfig, units: float) -> Evaluated:
+class Judging(Protocol):
+    """Judges strategies on the search text."""
+
+    def evaluate(self, strategy: Strategy, *, derivatives: bool = False) -> Evaluation:
+        """Measure one strategy."""
+
+
+class Searched(Protocol):
+    """What a search needs of a `Bench`, or of what stands for one."""
+
+    @property
+    def preparation_units(self) -> float:
+        """Units that are spent before anything is asked."""
+
+    @property
+    def search_judge(self) -> Judging:
+        """Who evaluates."""
+
+
+def run_search(bench: Searched, config: SearchConfig, units: float) -> Evaluated:
     """Run a preset's search in this process until ``units`` are spent, preparation included."""
     search = build_search(config)
     spent = bench.preparation_units
@@ -55,12 +76,12 @@ def run_search(bench: Bench, config: SearchConfig, units: float) -> Evaluated:
 
 
 def learned(
-    bench: Bench, config: SearchConfig, evaluated: Evaluated
+    space: StrategySpace, config: SearchConfig, evaluated: Evaluated
 ) -> tuple[Surrogate, StratNetAllocator]:
     """Learn surrogate and network as a run does at its end."""
     config = replace(config, training=replace(config.training, steps=400))
     surrogate, net = learn_network(config, evaluated, seed=config.seed)
-    return surrogate, StratNetAllocator(net, bench.space)
+    return surrogate, StratNetAllocator(net, space)
 
 
 def optimise_directly(
@@ -98,7 +119,7 @@ def ablation_arms(bench: Bench, seed: int, units: float) -> dict[str, list[Strat
     for name, options in variants.items():
         config = replace(base, surrogate=options)
         evaluated = run_search(bench, config, units)
-        surrogate, allocator = learned(bench, config, evaluated)
+        surrogate, allocator = learned(bench.space, config, evaluated)
         arms[f"{name}, per target"] = optimise_directly(bench, surrogate, SPARSITIES)
         arms[f"{name}, StratNet"] = allocator.allocate(SPARSITIES)
     return arms
@@ -128,7 +149,7 @@ def measure_presets(bench: Bench, seeds: int) -> None:
         for preset, values in volumes.items():
             config = replace(bench.prepared.search, seed=seed, preset=preset)
             evaluated = run_search(bench, config, UNITS - VALIDATION_UNITS)
-            values.append(front_hypervolume(bench, learned(bench, config, evaluated)[1]))
+            values.append(front_hypervolume(bench, learned(bench.space, config, evaluated)[1]))
         print(f"presets: seed {seed} {volumes}", flush=True)
         _save("presets", bench, {"hypervolume": volumes, "units": UNITS})
     rows = [[seed, *pair] for seed, pair in enumerate(zip(*volumes.values(), strict=True))]
@@ -144,7 +165,7 @@ def measure_evaluations(bench: Bench, seeds: int) -> None:
         config = replace(bench.prepared.search, seed=seed)
         evaluated = run_search(bench, config, units)
         for number in STEPS:
-            allocator = learned(bench, config, evaluated[:number])[1]
+            allocator = learned(bench.space, config, evaluated[:number])[1]
             answers = bench.test_kl(allocator.allocate(SPARSITIES))
             for column, value in zip(kl[str(number)], answers, strict=True):
                 column.append(value)

@@ -118,7 +118,7 @@ def figures(
 ) -> Record:
     """Learn from what ``units`` paid for and judge it on test text."""
     evaluated = within(config, results, units)
-    _, allocator = learned(bench, config, evaluated)
+    _, allocator = learned(bench.space, config, evaluated)
     return Record(
         units=units,
         screen_tokens=config.screen_tokens,

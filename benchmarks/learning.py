@@ -130,7 +130,7 @@ def network_volume(bench: Bench, config: SearchConfig, evaluated: Evaluated) -> 
     """Return the hypervolume of what a network learned from evaluations answers."""
     if len(evaluated) < 2:
         return front_hypervolume(bench, ALLOCATORS["fisher"](bench.context))
-    return front_hypervolume(bench, learned(bench, config, evaluated)[1])
+    return front_hypervolume(bench, learned(bench.space, config, evaluated)[1])
 
 
 def optimised(bench: Bench, method: str, seed: int, count: int) -> Evaluated:

@@ -50,6 +50,7 @@ class LearnConfig(BaseModel):
     evaluations: int | None = None
     round_size: int | None = None
     screen_tokens: int | None = None
+    warm_from: str = ""
     replicas: int = 1
     shards: int = 1
     threads: int = 1
@@ -117,6 +118,7 @@ class LearnConfig(BaseModel):
             evaluations=self.evaluations,
             round_size=self.round_size,
             screen_tokens=self.screen_tokens,
+            warm_from=self.warm_from,
             replicas=self.replicas,
             shards=self.shards,
             calibration=None if self.calibration is None else Path(self.calibration),

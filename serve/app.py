@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from ray import serve as ray_serve
@@ -20,13 +21,15 @@ _LOOK_BACK_S: Final = 5 * _REPORT_S
 _DRAIN_S: Final = 30.0
 
 
-def build_app(config: ServeConfig, *, build_cutter: CutterFactory = RunCutter) -> Application:
+def build_app(config: ServeConfig, *, build_cutter: CutterFactory | None = None) -> Application:
     """Return the application that a configuration describes.
 
     Args:
         config: travels whole to every replica.
-        build_cutter: makes what cuts variants, in each pruning replica.
+        build_cutter: makes what cuts variants, in each pruning replica; none: a `RunCutter`.
     """
+    if build_cutter is None:
+        build_cutter = partial(RunCutter, check_latency=config.pruning.check_latency)
     handles = {
         "strategies": ray_serve.deployment(**_strategies(config))(Strategies).bind(config),
         "pruning": ray_serve.deployment(**_pruning(config))(Pruning).bind(config, build_cutter),

@@ -58,7 +58,9 @@ class PruningOptions:
 
     Cutting waits for the disk as much as for the processor, so a replica asks for a part of one.
     ``lease_s`` is how long a replica may be silent before another takes its job over;
-    ``max_attempts`` how many replicas one job may use up.
+    ``max_attempts`` how many replicas one job may use up. ``check_latency``: a variant that was
+    asked for by its latency is timed in vLLM beside its base before its job ends, one variant at a
+    time; a minute or two, with two engines where the replica is.
     """
 
     num_cpus: float = 0.25
@@ -69,6 +71,7 @@ class PruningOptions:
     poll_s: float = 0.2
     downscale_delay_s: float = 10.0
     max_attempts: int = 3
+    check_latency: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ class ServeArguments(BaseModel):
     store: str = ""
     ingress_replicas: int = Field(default=1, ge=1)
     pruning_replicas: int = Field(default=PruningOptions().max_replicas, ge=1)
+    check_latency: bool = PruningOptions().check_latency
     strategy_replicas: int = Field(default=StrategyOptions().max_replicas, ge=1)
     engines: int = Field(default=EngineOptions().max_engines, ge=0)
     min_engines: int = Field(default=EngineOptions().min_engines, ge=0)
@@ -47,7 +48,9 @@ class ServeArguments(BaseModel):
             store=self.store,
             api_keys=os.environ.get(KEYS_VARIABLE, ""),
             ingress_replicas=self.ingress_replicas,
-            pruning=PruningOptions(max_replicas=self.pruning_replicas),
+            pruning=PruningOptions(
+                max_replicas=self.pruning_replicas, check_latency=self.check_latency
+            ),
             strategies=StrategyOptions(max_replicas=self.strategy_replicas),
             engines=EngineOptions(
                 min_engines=self.min_engines,

@@ -10,17 +10,14 @@ starts sooner without).
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 from serve.catalogue import Catalogue, ModelId, UnknownModelError
 from serve.priority import step_back
-from unicuco.errors import StorageError, UnicucoError
+from unicuco.errors import UnicucoError
+from unicuco.files import alone_in
 
 _MOST_FORMS: Final = 3  # of one variant; the one made first goes first
 
@@ -75,7 +72,7 @@ def make_form(catalogue: Catalogue, variant: ModelId, link_mbps: float | None) -
         return place
     from unicuco.pipeline import PackOptions, pack  # transformers, for those alone who need it
 
-    with _alone_in(place.parent):
+    with alone_in(place.parent):
         if not place.is_file():
             folder = place.parent.parent
             for left in place.parent.glob(".*.tmp"):  # by a packer that was killed
@@ -85,18 +82,3 @@ def make_form(catalogue: Catalogue, variant: ModelId, link_mbps: float | None) -
             for form in forms[:-_MOST_FORMS]:
                 form.unlink(missing_ok=True)
     return place
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Make a folder if need be, and keep all others who ask here out of it, on any node."""
-    try:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise StorageError(f"{folder} can't be made: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

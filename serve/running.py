@@ -19,7 +19,7 @@ from ray import serve as ray_serve
 
 from serve.app import build_app
 from serve.config import ServeConfig
-from serve.worker import CutterFactory, RunCutter
+from serve.worker import CutterFactory
 from unicuco.errors import ClusterError
 from unicuco.store.database import display_name
 
@@ -32,7 +32,7 @@ _LOG: Final = logging.getLogger("ray.serve")
 def running(
     config: ServeConfig,
     *,
-    build_cutter: CutterFactory = RunCutter,
+    build_cutter: CutterFactory | None = None,
     name: str = APP_NAME,
     route_prefix: str = "/",
 ) -> Iterator[str]:
@@ -57,7 +57,9 @@ def running(
         ray_serve.delete(name)
 
 
-def _start(config: ServeConfig, build_cutter: CutterFactory, name: str, route_prefix: str) -> None:
+def _start(
+    config: ServeConfig, build_cutter: CutterFactory | None, name: str, route_prefix: str
+) -> None:
     options = asdict(config) | {
         "key_digests": f"{len(config.key_digests)} keys",
         "store": display_name(config.jobs_location),
@@ -98,7 +100,7 @@ def run_app(
     config: ServeConfig,
     *,
     on_ready: Callable[[str], None],
-    build_cutter: CutterFactory = RunCutter,
+    build_cutter: CutterFactory | None = None,
 ) -> None:
     """Run the service until this process is told to stop, then drain it.
 

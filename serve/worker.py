@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 from serve.catalogue import Catalogue, ModelId, UnknownModelError
 from serve.config import PruningOptions
 from unicuco.errors import InfeasibleRequestError, RequestError, StorageError, UnicucoError
+from unicuco.files import alone_in
 from unicuco.store import Claim, JobFailure, JobStore, LeaseState
-from unicuco.types import Request
+from unicuco.types import Plan, Request, Target
 
 if TYPE_CHECKING:  # at run time only where something is cut
     from unicuco.pipeline import Run
@@ -49,10 +50,12 @@ class RunCutter:
 
     Args:
         catalogue: where the runs are.
+        check_latency: time what was asked for by its latency, see `PruningOptions`.
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, *, check_latency: bool = True) -> None:
         self._catalogue = catalogue
+        self._check_latency = check_latency
         self._runs: dict[str, Run] = {}
         for run_id in catalogue.run_ids:
             with contextlib.suppress(UnicucoError):  # told to whoever asks for a cut of it
@@ -60,10 +63,14 @@ class RunCutter:
                 _ = run.ranks, run.base_folder
 
     def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
-        """Cut exactly what ``unicuco prune`` cuts."""
+        """Cut exactly what ``unicuco prune`` cuts, and time what it times."""
         from unicuco.pipeline import prune
 
-        return prune(self._opened(run_id), request, out).to_dict()
+        run = self._opened(run_id)
+        plan = prune(run, request, out)
+        if self._check_latency and request.target is Target.MAX_LATENCY_MS:
+            return {**plan.to_dict(), "measured": {"latency": _latency(run, plan, out)}}
+        return plan.to_dict()
 
     def _opened(self, run_id: str) -> Run:
         from unicuco.pipeline import Run
@@ -72,6 +79,19 @@ class RunCutter:
         if run_id not in self._runs:
             self._runs[run_id] = Run.open(folder)
         return self._runs[run_id]
+
+
+def _latency(run: Run, plan: Plan, variant: Path) -> dict[str, object]:
+    """Time a variant beside its base, one at a time of all that are staged; or say why not."""
+    from unicuco.pipeline import check_cut
+
+    try:
+        with alone_in(variant.parent):
+            check = check_cut(run, plan, variant)
+    except UnicucoError as error:  # the variant is there all the same
+        return {"error": str(error)}
+    assert check is not None, "of a request of latency"
+    return {**check.to_dict()}
 
 
 class JobWorker:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +21,11 @@ from serve.worker import Cutter, JobWorker, RunCutter, describe
 from tests.serve.conftest import wait_until
 from unicuco.errors import InfeasibleRequestError, ModelError, StorageError
 from unicuco.export import read_variant
+from unicuco.objectives import LatencyModel
+from unicuco.pipeline import Run
+from unicuco.pipeline.latency_file import save_latency
 from unicuco.store import Claim, Job, JobStatus, JobStore, NewJob
-from unicuco.types import Request, Target
+from unicuco.types import Plan, Request, Target
 
 ROOT = Path(unicuco.__file__).parents[1]
 
@@ -34,12 +39,12 @@ class Workshop:
     store: JobStore
     catalogue: Catalogue
 
-    def ask(self, suffix: str, sparsity: float = 0.5) -> Job:
+    def ask(self, suffix: str, target: Target = Target.SPARSITY, value: float = 0.5) -> Job:
         """Queue a job."""
         new = NewJob(
             model="run",
             compressed_model=f"run:{suffix}",
-            request=Request(target=Target.SPARSITY, value=sparsity),
+            request=Request(target=target, value=value),
             prediction={},
             idempotency_key=None,
             body_digest="d",
@@ -72,11 +77,25 @@ class Workshop:
 
 @pytest.fixture
 def workshop(tiny_run: Path, tmp_path: Path) -> Iterator[Workshop]:
-    config = ServeConfig.of_runs([tiny_run], data=tmp_path / "data")
+    yield from opened(tiny_run, tmp_path / "data")
+
+
+@pytest.fixture
+def timed_workshop(shape_run: Path, tmp_path: Path) -> Iterator[Workshop]:
+    """One whose run has a latency model that was made by hand: at batch 2, 1 ms of nothing."""
+    folder = shutil.copytree(shape_run, tmp_path / "run")
+    digest = json.loads((folder / "run.json").read_text())["base_model"]["digest"]
+    model = LatencyModel(batches=(2,), coefficients=((1, 0, 1e-3, 0, 1e-3),))
+    save_latency(folder, model, base_digest=digest, measured={"machine": {"threads": 1}})
+    yield from opened(folder, tmp_path / "data")
+
+
+def opened(run: Path, data: Path) -> Iterator[Workshop]:
+    config = ServeConfig.of_runs([run], data=data)
     catalogue = Catalogue(config)
     catalogue.make_folders()
     with JobStore.open(config.jobs_location) as store:
-        yield Workshop(run=tiny_run, data=tmp_path / "data", store=store, catalogue=catalogue)
+        yield Workshop(run=run, data=data, store=store, catalogue=catalogue)
 
 
 def check_made(workshop: Workshop, job: Job) -> None:
@@ -100,13 +119,52 @@ def test_a_worker_does_one_job_at_a_time_until_there_is_none(workshop: Workshop)
 
 
 def test_a_request_that_can_not_be_met_fails_and_leaves_nothing(workshop: Workshop) -> None:
-    job = workshop.ask("v", sparsity=0.99)
+    job = workshop.ask("v", value=0.99)
     assert workshop.worker().run_one()
     failed = workshop.store.get(job.id)
     assert failed.error is not None
     assert (failed.status, failed.error.code) == ("failed", "infeasible_request")
     assert list(workshop.catalogue.variants()) == []
     assert workshop.staged() == []
+
+
+@pytest.mark.slow
+def test_what_was_asked_for_by_its_latency_is_timed_beside_its_base(
+    timed_workshop: Workshop,
+) -> None:
+    run = Run.open(timed_workshop.run)
+    (dense,) = run.plan([Request(target=Target.SPARSITY, value=0)])
+    assert isinstance(dense, Plan)
+    assert dense.latency is not None
+    job = timed_workshop.ask("v", Target.MAX_LATENCY_MS, round(0.8 * dense.latency.ms, 3))
+    assert timed_workshop.worker().run_one()
+    check_made(timed_workshop, job)
+    result = timed_workshop.store.get(job.id).result
+    assert result is not None
+    predicted, measured = result["predicted"]["latency"], result["measured"]["latency"]
+    assert measured["batch"] == 2
+    ratio = predicted["ms_per_token"] / predicted["dense_ms_per_token"]
+    assert measured["predicted_ratio"] == pytest.approx(ratio)
+    assert ratio <= 0.8
+    # Of a model this small an engine's own work is nearly all, so the hand-made model is far off.
+    ms, dense_ms = measured["ms_per_token"], measured["dense_ms_per_token"]
+    assert 0.3 < measured["measured_ratio"] == pytest.approx(ms / dense_ms) < 1.5
+
+
+def test_a_variant_that_can_not_be_timed_is_there_all_the_same(
+    timed_workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no vLLM
+    first = timed_workshop.ask("v", Target.MAX_LATENCY_MS, 1e3)
+    assert timed_workshop.worker().run_one()
+    check_made(timed_workshop, first)
+    result = timed_workshop.store.get(first.id).result
+    assert result is not None
+    assert "not installed" in result["measured"]["latency"]["error"]
+    second = timed_workshop.ask("w", Target.MAX_LATENCY_MS, 1e3)
+    unchecked = RunCutter(timed_workshop.catalogue, check_latency=False)
+    assert timed_workshop.worker(unchecked).run_one()
+    assert "measured" not in (timed_workshop.store.get(second.id).result or {})
 
 
 def test_a_bug_in_one_job_fails_that_job_only(workshop: Workshop) -> None:

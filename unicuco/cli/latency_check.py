@@ -17,7 +17,7 @@ CheckOption = Annotated[
     bool,
     typer.Option(
         "--check/--no-check",
-        help="After --max-latency-ms, time the variant in vLLM; takes a minute or two.",
+        help="Time a variant cut for --max-latency-ms in vLLM; takes a minute or two.",
     ),
 ]
 

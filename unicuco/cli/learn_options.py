@@ -128,6 +128,15 @@ class LearnChoices:
             rich_help_panel=_TEXT,
         ),
     ] = None
+    warm_from: Annotated[
+        str,
+        typer.Option(
+            "--warm-from",
+            metavar="RUN",
+            help="Ask first what another run of this architecture, or of another pruner, learned.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = ""
     shards: Annotated[
         int, typer.Option("--shards", min=1, help="Parts per copy.", rich_help_panel="Cluster")
     ] = 1

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from unicuco.cli.latency_check import CheckOption
 from unicuco.cli.terminal import DebugOption, JsonOption, open_terminal
 
 _HOST_AND_PORT = re.compile(r"[^/\s]+:\d{1,5}")
@@ -38,6 +39,7 @@ def serve(
         ),
     ] = "",
     pruners: Annotated[int, typer.Option("--pruners", min=1, help="Pruning replicas at most.")] = 4,
+    check: CheckOption = True,
     address: Annotated[
         str,
         typer.Option(
@@ -65,7 +67,7 @@ def serve(
             host=host,
             port=port,
             engines=EngineOptions(max_engines=engines, scratch=scratch),
-            pruning=PruningOptions(max_replicas=pruners),
+            pruning=PruningOptions(max_replicas=pruners, check_latency=check),
         )
         if address not in ("local", "auto") and not _HOST_AND_PORT.fullmatch(address):
             raise RequestError(f"--address must be local, auto or HOST:PORT, got {address!r}")

@@ -49,7 +49,8 @@ class LearnOptions:
     ``rounding`` how weights get fewer bits: to the nearest, or by GPTQ;
     ``calibration_sampling`` how calibration windows are chosen from their text;
     ``tasks`` are names and texts that requests may weigh, each a share of every text, in place of
-    ``calibration``; ``max_sparsity`` the highest sparsity over sites that is learned.
+    ``calibration``; ``warm_from`` is another run, a folder or URL, whose answers are asked first,
+    or empty; ``max_sparsity`` the highest sparsity over sites that is learned.
 
     Raises:
         RequestError: an option outside its range, or an unknown name.
@@ -74,6 +75,7 @@ class LearnOptions:
     seed: int = 0
     rounding: str = "nearest"
     resume: bool = False
+    warm_from: str = ""
     max_sparsity: float = 0.9
     publish_to: str = ""
     store: str = ""
@@ -111,6 +113,11 @@ class LearnOptions:
                 "round-size is for preset default and the dimension sparsity; leave it out"
             )
         self._check_screening()
+        if self.warm_from and (self.preset != "default" or not self.masks_only or self.tasks):
+            raise RequestError(
+                "warm-from is for preset default and the dimension sparsity, without tasks; "
+                "leave it out"
+            )
         _at_least("replicas", self.replicas, 1)
         _at_least("shards", self.shards, 1)
         _at_least("tokens", self.tokens, 2)
@@ -204,6 +211,8 @@ class LearnOptions:
             chosen["screen_tokens"] = self.screen_tokens
         if self.rounding != "nearest":
             chosen["rounding"] = self.rounding
+        if self.warm_from:
+            chosen["warm_from"] = self.warm_from
         if self.tasks:
             chosen["tasks"] = list(self.task_names)
         return {

@@ -44,9 +44,11 @@ from unicuco.pipeline.texts import (
     task_texts,
     window_length,
 )
+from unicuco.pipeline.warming import make_guide
 from unicuco.ranks import RankStore
 from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
+from unicuco.search.transfer import Guide
 from unicuco.shards.plan import check_shards
 from unicuco.space import StrategySpace
 from unicuco.store import Measurement
@@ -208,6 +210,8 @@ def _prepare(
         costs.append(cost)
     progress(Progress(stage="load", done=1, total=1))
     check(loaded.profile.digest, texts.digest)
+    space = build_space(loaded.profile, options.dimensions, Granularity(options.granularity))
+    guide = make_guide(options, space) if options.warm_from else None
     levels = levelling.plan_levels(options.pruner, loaded, texts.calibration, folder)
     if levels is not None:
         levelling.announce(levels, progress)
@@ -260,7 +264,7 @@ def _prepare(
             tasks=options.task_names,
             weights=weight_source(loaded.folder),
         ),
-        search=_search_config(options, loaded.profile, fisher, levels),
+        search=_search_config(options, space, loaded.profile, fisher, levels, guide),
     )
 
 
@@ -279,12 +283,13 @@ def read_texts(
 
 def _search_config(
     options: LearnOptions,
+    space: StrategySpace,
     profile: ModelProfile,
     fisher: dict[str, Tensor],
     levels: levelling.Levels | None,
+    guide: Guide | None,
 ) -> SearchConfig:
     granularity = Granularity(options.granularity)
-    space = build_space(profile, options.dimensions, granularity)
 
     def curves(sums: dict[str, Tensor]) -> Tensor:
         return AxisCurves.from_fisher(space, profile, granularity, sums).table
@@ -301,6 +306,7 @@ def _search_config(
         level_step=0 if levels is None else levels.plan.step,
         round_size=options.round_size or 0,
         screen_tokens=options.screen_tokens or 0,
+        guide=guide,
         tasks=options.task_names,
         task_curves=tuple(
             curves({site.path: fisher[_of_task(k, site.path)] for site in profile.sites})

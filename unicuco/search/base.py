@@ -11,6 +11,7 @@ from torch import Tensor
 from unicuco.allocate import AxisCurves
 from unicuco.dimensions import Granularity, build_space, follow_slopes
 from unicuco.search.screening import Screening
+from unicuco.search.transfer import Guide
 from unicuco.space import StrategySpace
 from unicuco.stratnet import TrainOptions
 from unicuco.surrogate import SurrogateOptions
@@ -42,7 +43,8 @@ class SearchConfig:
     curves for each; ``level_step`` the weights from one level of a site to the next, where sites
     come from a level database (0: they don't); ``round_size`` strategies are asked at a time, where
     the preset takes that from here (0: as many as it would by itself). ``screen_tokens`` of the
-    search text judge the alternatives of which the best is evaluated (0: there are none).
+    search text judge the alternatives of which the best is evaluated (0: there are none); ``guide``
+    holds another run's answers, which are asked first (none: there is no other run).
     """
 
     preset: str
@@ -59,6 +61,7 @@ class SearchConfig:
     level_step: int = 0
     round_size: int = 0
     screen_tokens: int = 0
+    guide: Guide | None = None
 
     @property
     def has_derivatives(self) -> bool:

@@ -4,7 +4,8 @@ Every round fits the surrogate to all visible evaluations, trains a fresh StratN
 asks what that network would answer to targets spread over the learned range. So evaluations are
 spent where answers will come from, each tells the slope along every axis there, and the next
 network walks down that slope: a descent of all targets together whose memory is the surrogate. The
-first two rounds, which may see nothing, ask points between the uniform and the Fisher allocation.
+first two rounds, which may see nothing, ask points between the uniform and the Fisher allocation,
+or what another run would answer, where there is one (`unicuco.search.transfer`).
 
 What it does not know: how evaluations are run, and when to stop.
 """
@@ -67,18 +68,23 @@ class FrontSearch:
         self._history.tell(round, results)
 
     def _blind(self, first: int) -> list[Strategy]:
-        """Return strategies between uniform and Fisher: at first, and while nothing succeeds."""
-        context = AllocationContext(space=self._space, curves=self.config.axis_curves())
-        uniform, fisher = Uniform(context), Fisher(context)
+        """Return strategies between uniform and Fisher, or a guide's answers.
+
+        At first, and while nothing succeeds.
+        """
         low, high = self.config.sparsity_range
         places = [
             _WARM_UP[number] if number < len(_WARM_UP) else _spread(number)
             for number in range(first, first + self.round_size)
         ]
         targets = [low + share * (high - low) for share, _ in places]
+        budgets = [self._space.kept_for_sparsity(target) for target in targets]
+        if self.config.guide is not None:
+            return self._space.decode_exact(self.config.guide.at(targets), budgets)
+        context = AllocationContext(space=self._space, curves=self.config.axis_curves())
+        uniform, fisher = Uniform(context), Fisher(context)
         mixes = torch.tensor([mix for _, mix in places], dtype=torch.float64)[:, None]
         start, end = (self._space.encode(one.allocate(targets)) for one in (uniform, fisher))
-        budgets = [self._space.kept_for_sparsity(target) for target in targets]
         return self._space.decode_exact(start + mixes * (end - start), budgets)
 
     def _alternatives(

@@ -5,13 +5,13 @@ The target is y = log (KL + EPSILON); in unit coordinates its derivative is (hig
 models the rest with a Matérn-5/2 ARD kernel (`DirectionalMatern`), one noise for values and one for
 derivatives.
 
-Which directions: the uniform one, and per evaluation those along which the derivative left over by
-the mean is largest in blocks of equal size, so that together they hold it all. Exact duplicates are
-merged; a fit that fails numerically falls back to the hyperparameters' priors before it gives up.
+Which directions: all axes where there is room for them, else the uniform one and random ones. Exact
+duplicates are merged; a fit that fails numerically falls back to the hyperparameters' priors before
+it gives up.
 
-Of very many evaluations only the newest are looked at, which lie where answers come from: fewer by
-the process than by the mean, and fewest by the fit of hyperparameters. So a fit takes seconds,
-however long a run gets.
+The more evaluations, the fewer directions of each are looked at, and of very many evaluations only
+the newest, which lie where answers come from: fewer by the process than by the mean, and fewest by
+the fit of hyperparameters. So a fit takes seconds, however long a run gets.
 
 What it does not know: budgets and requests. Predictions here are of the search text; intervals for
 fresh text are calibrated elsewhere.
@@ -32,6 +32,7 @@ import gpytorch
 import torch
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NanError, NotPSDError
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from unicuco.allocate.curves import AxisCurves
@@ -46,8 +47,7 @@ _MIN_VARIANCE: Final = 1e-6  # of a derivative of nothing, so that the covarianc
 _TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fifth of a log unit
 _LEARNING_RATE: Final = 0.05
 _LARGEST_SCALE: Final = 30.0  # of the deviation: beyond, the fit is worth nothing anyway
-_MAX_ROWS: Final = 1600  # of the covariance matrix: its factor takes a tenth of a second
-_MAX_TUNING_ROWS: Final = 320  # of its hyperparameters' fit, which factors it forty times
+_MOST: Final = math.log(8)  # of a factor by which more rows may change the scale
 _MAX_MEAN: Final = 1024  # evaluations that the mean function is fitted to
 
 
@@ -60,7 +60,9 @@ class SurrogateOptions:
     iterations of the hyperparameter fit. ``value_noise`` and ``derivative_noise`` are standard
     deviations: an evaluation is exact on its text, so that of a value (of log KL) only stands for
     wrinkles that no smooth surface should follow; that of a rank-window derivative, a share of
-    itself, for its own error (DESIGN.md section 8, finding 2).
+    itself, for its own error (DESIGN.md section 8, finding 2). ``rows`` are those of the covariance
+    matrix at most, whose factor takes a tenth of a second; ``tuning_rows`` those that
+    hyperparameters are fitted to, which factors theirs ``steps`` times.
     """
 
     curves: bool = True
@@ -68,6 +70,8 @@ class SurrogateOptions:
     steps: int = 40
     value_noise: float = 0.03
     derivative_noise: float = 0.15
+    rows: int = 1600
+    tuning_rows: int = 320
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +120,13 @@ class Observations:
             points=self.points[last], values=self.values[last], derivatives=self.derivatives[last]
         )
 
+    def every(self, stride: int, start: int) -> Observations:
+        """Return every ``stride``-th of them."""
+        part = slice(start, None, stride)
+        return Observations(
+            points=self.points[part], values=self.values[part], derivatives=self.derivatives[part]
+        )
+
     @property
     def measured(self) -> Tensor:
         """``n`` bool: which evaluations have derivatives."""
@@ -154,19 +165,21 @@ class GaussianProcess:
             raise SurrogateError(
                 "the surrogate needs at least two different evaluations that succeeded"
             )
-        tuning = observations.newest(_MAX_TUNING_ROWS // (self.options.directions + 1))
-        use_derivatives = self.options.directions > 0 and bool(tuning.measured.any())
+        options = self.options
+        use_derivatives = options.directions > 0 and bool(observations.measured.any())
         self._fit_mean(observations.newest(_MAX_MEAN), use_derivatives)
-        few = self.options.directions if use_derivatives else 0
-        known = observations.newest(_MAX_ROWS // (few + 1))
-        many = max(few, _MAX_ROWS // len(known.points) - 1) if few else 0
-        for steps in (self.options.steps, 0):
+        most = options.directions if use_derivatives else 0
+        known, many = _within(observations, options.rows, most and observations.points.shape[1])
+        tuning, few = _turns(known, options.tuning_rows, most)
+        for steps in (options.steps, 0):
             try:
-                tuned = _Process(self._rows(tuning, few))
-                tuned.fit(steps)
+                tuned = _Process(self._rows(tuning[-1], few))
+                tuned.tune(steps, [self._rows(turn, few) for turn in tuning])
                 self._model = _Process(self._rows(known, many))
                 self._model.load_state_dict(tuned.state_dict(), strict=False)
-                self._model.fit(0)
+                self._model.freeze()
+                if steps and len(tuning) > 1:
+                    self._model.rescale()
                 self.posterior(observations.points[:1])
             except (NotPSDError, NanError, RuntimeError) as error:
                 _LOG.warning("surrogate fit with %d steps failed (%s)", steps, error)
@@ -233,7 +246,7 @@ class GaussianProcess:
         surrogate._constant = float(state["constant"])
         model = _Process(_Rows(state["rows"], state["targets"], state["noise"]))
         model.load_state_dict(process, strict=False)
-        model.fit(0)
+        model.freeze()
         surrogate._model = model
         return surrogate
 
@@ -289,6 +302,25 @@ class _Rows:
     noise: Tensor
 
 
+def _within(observations: Observations, rows: int, directions: int) -> tuple[Observations, int]:
+    """Return the newest evaluations that so many rows have room for, and directions of each.
+
+    Of many evaluations more with few directions each tell more than few with many
+    (`python -m benchmarks.refit`): one direction, where there are any, is the least.
+    """
+    each = min(directions, max(1, rows // len(observations.points) - 1))
+    return observations.newest(rows // (each + 1)), each
+
+
+def _turns(
+    observations: Observations, rows: int, directions: int
+) -> tuple[list[Observations], int]:
+    """Divide evaluations into parts of so many rows, alike in age, and say how many directions."""
+    _, each = _within(observations, rows, directions)
+    num_turns = -(-len(observations.points) // (rows // (each + 1)))
+    return [observations.every(num_turns, turn) for turn in range(num_turns)], each
+
+
 def _directions(n: int, d: int, count: int) -> list[Tensor]:
     """Return ``count`` orthonormal directions for each of n evaluations, ``n x d`` each.
 
@@ -331,20 +363,50 @@ class _Process(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch is un
             self.mean_module(rows), self.covar_module(rows)
         )
 
-    def fit(self, steps: int) -> None:
+    def tune(self, steps: int, turns: Sequence[_Rows]) -> None:
+        """Fit the hyperparameters, each step to one part of what is known after the other."""
         self.train()
         self.likelihood.train()
-        if steps:
-            objective = gpytorch.mlls.ExactMarginalLogLikelihood(self.likelihood, self)
-            # Small steps from the priors' centre: line searches leap to lengthscales that explain
-            # the noise of one axis, and the predictions are then wild.
-            optimizer = torch.optim.Adam(self.parameters(), lr=_LEARNING_RATE)
-            for _ in range(steps):
-                optimizer.zero_grad()
-                with _exact():
-                    loss: Tensor = -objective(self(*self.train_inputs), self.train_targets)
-                loss.backward()
-                optimizer.step()
+        objective = gpytorch.mlls.ExactMarginalLogLikelihood(self.likelihood, self)
+        # Small steps from the priors' centre: line searches leap to lengthscales that explain the
+        # noise of one axis, and the predictions are then wild.
+        optimizer = torch.optim.Adam(self.parameters(), lr=_LEARNING_RATE)
+        for step in range(steps):
+            turn = turns[step % len(turns)]
+            self.set_train_data(turn.rows, turn.targets, strict=False)
+            self.likelihood.noise = turn.noise
+            optimizer.zero_grad()
+            with _exact():
+                loss: Tensor = -objective(self(*self.train_inputs), self.train_targets)
+            loss.backward()
+            optimizer.step()
+
+    def rescale(self) -> None:
+        """Fit the scale alone to all rows: parts of them leave more unexplained, and so mislead.
+
+        On its own it costs a factor per try, however many lengthscales there are.
+        """
+        rows, targets = self.train_inputs[0], self.train_targets
+        with _exact(), torch.no_grad():
+            shape = self.forward(rows).covariance_matrix / self._scale
+        prior = self.covar_module.outputscale_prior
+
+        def loss(log_scale: float) -> float:
+            scale = torch.tensor(log_scale, dtype=torch.float64).exp()
+            factor = psd_safe_cholesky(scale * shape + self.likelihood.noise.diag())
+            solved = torch.linalg.solve_triangular(factor, targets[:, None], upper=False)
+            likelihood = -0.5 * solved.square().sum() - factor.diagonal().log().sum()
+            return -float(likelihood + prior.log_prob(scale))
+
+        start = float(self._scale.log())
+        found = minimize_scalar(
+            loss, bounds=(start - _MOST, start + _MOST), method="bounded", options={"xatol": 0.05}
+        )
+        self.covar_module.outputscale = math.exp(found.x)
+        del self._scale
+
+    def freeze(self) -> None:
+        """Be done with fitting."""
         self.eval()
         self.likelihood.eval()
         self.requires_grad_(False)

@@ -94,15 +94,18 @@ class CurveMean:
                 1, keepdim=True
             ).sqrt().clamp(min=1e-3)
 
+        # What the curves say does not change with the parameters.
+        costs = curves.values(points)
+        there = points[:0] if derivative_points is None else derivative_points
+        there_costs, there_slopes = curves.values(there), curves.slopes(there)
+
         def loss() -> Tensor:
             optimizer.zero_grad()
             mean = cls._from_vector(curves, theta)
-            total = (
-                _log_prior(theta, d)
-                + ((values - mean.values(points)) / _VALUE_NOISE).square().sum()
-            )
-            if derivatives is not None and noise is not None and derivative_points is not None:
-                left = (derivatives - mean.gradients(derivative_points)) / noise
+            total = _log_prior(theta, d)
+            total = total + ((values - mean._values(points, costs)) / _VALUE_NOISE).square().sum()
+            if derivatives is not None and noise is not None:
+                left = (derivatives - mean._gradients(there, there_costs, there_slopes)) / noise
                 total = total + left.nan_to_num(0.0).square().sum()
             total.backward()
             return total
@@ -144,19 +147,24 @@ class CurveMean:
 
     def values(self, points: Tensor) -> Tensor:
         """Return ``b`` means of log (KL + EPSILON) at ``b x d`` unit points."""
-        return self.offset + self.power * torch.log(EPSILON + self._terms(points).sum(-1))
+        return self._values(points, self.curves.values(points))
 
     def gradients(self, points: Tensor) -> Tensor:
         """Return the ``b x d`` derivatives of `values`."""
-        terms = self._terms(points)
-        slopes = self._factors(points) * self.curves.slopes(points) + self.tilts * terms
-        return self.power * slopes / (EPSILON + terms.sum(-1, keepdim=True))
+        return self._gradients(points, self.curves.values(points), self.curves.slopes(points))
+
+    def _values(self, points: Tensor, costs: Tensor) -> Tensor:
+        terms = self._factors(points) * costs
+        return self.offset + self.power * torch.log(EPSILON + terms.sum(-1))
+
+    def _gradients(self, points: Tensor, costs: Tensor, slopes: Tensor) -> Tensor:
+        factors = self._factors(points)
+        terms = factors * costs
+        changes = factors * slopes + self.tilts * terms
+        return self.power * changes / (EPSILON + terms.sum(-1, keepdim=True))
 
     def _factors(self, points: Tensor) -> Tensor:
         return torch.exp(self.scales + self.tilts * (points - 0.5))
-
-    def _terms(self, points: Tensor) -> Tensor:
-        return self._factors(points) * self.curves.values(points)
 
 
 def _log_prior(theta: Tensor, d: int) -> Tensor:

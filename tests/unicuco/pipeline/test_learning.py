@@ -20,7 +20,7 @@ from unicuco.ranks import RankStore
 from unicuco.search.screening import ALTERNATIVES
 from unicuco.store import EvaluationStore
 from unicuco.testing.tiny import tiny_model_folder
-from unicuco.types import Evaluation, Strategy
+from unicuco.types import Evaluation, Plan, Request, Strategy, Target
 
 Learn = Callable[..., Run]
 
@@ -347,6 +347,38 @@ def test_alternatives_on_few_tokens_have_their_own_records_and_count_their_share
         learn_tiny(resume=True, screen_tokens=30, evaluations=8)
 
 
+@pytest.mark.slow
+def test_a_run_is_warmed_by_the_answers_of_another_which_need_not_stay(
+    learn_tiny: Learn, run: Run, tmp_path: Path
+) -> None:
+    other = shutil.copytree(run.folder, tmp_path / "other")
+    warmed = learn_tiny(warm_from=str(other), evaluations=4)
+    space = run.planner.space
+    for strategy, _ in recorded(warmed.folder)[:3]:
+        cost = space.cost
+        sparsity = sum(cost.site_drops(strategy.values).values()) / cost.num_site_weights
+        (plan,) = run.plan([Request(target=Target.SPARSITY, value=sparsity)])
+        assert isinstance(plan, Plan)
+        gap = space.encode([strategy]) - space.encode([plan.strategy])
+        assert float(gap.abs().max()) < 0.05
+    assert values(warmed.folder)[:3] != values(run.folder)[:3]
+    before = values(warmed.folder)
+    shutil.rmtree(other)
+    again = learn_tiny(warm_from=str(other), resume=True, evaluations=6)
+    assert values(again.folder)[:4] == before
+    assert again.manifest["options"]["warm_from"] == str(other)
+    with pytest.raises(RunError, match="begun with another"):
+        learn_tiny(resume=True, evaluations=6)
+
+
+def test_a_run_that_can_not_warm_is_refused_before_anything_is_measured(
+    learn_tiny: Learn, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match="is no run folder"):
+        learn_tiny(warm_from=str(tmp_path / "none"), evaluations=4)
+    assert not (tmp_path / "run" / "ranks").exists()
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -392,6 +424,8 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(learn_tiny: Learn, tmp_p
         ({"round_size": 0}, "round-size must be at least 1"),
         ({"round_size": 8, "preset": "paper"}, "round-size is for preset default"),
         ({"round_size": 8, "dimensions": ("depth",)}, "round-size is for preset default"),
+        ({"warm_from": "run", "preset": "paper"}, "warm-from is for preset default"),
+        ({"warm_from": "run", "dimensions": ("width",)}, "warm-from is for preset default"),
         ({"screen_tokens": 0}, "screen-tokens must be at least 1"),
         ({"screen_tokens": 3072}, r"screen-tokens must be below tokens \(3072\), got 3072"),
         ({"screen_tokens": 64, "preset": "paper"}, "screen-tokens is for preset default"),

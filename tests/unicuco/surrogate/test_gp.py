@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NotPSDError
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def test_left_out_errors_are_those_of_a_process_that_never_saw_the_evaluation(bu
         others = (rows[:, :D] != point).any(1)
         without = _Process(_Rows(rows[others], targets[others], noise[others]))
         without.load_state_dict(process.state_dict(), strict=False)
-        without.fit(0)
+        without.freeze()
         mean, std = without.predict(point[None])
         assert float(targets[number] - mean) == pytest.approx(float(errors[number]), abs=1e-6)
         expected = float(std.square() + noise[number])
@@ -247,14 +248,14 @@ def test_fitting_twice_gives_the_same_to_the_bit(build: Build) -> None:
 def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = _Process.fit
+    real = _Process.tune
 
-    def fail(self: _Process, steps: int) -> None:
+    def fail(self: _Process, steps: int, turns: Sequence[_Rows]) -> None:
         if steps:
             raise NotPSDError("not positive definite")
-        real(self, steps)
+        real(self, steps, turns)
 
-    monkeypatch.setattr(_Process, "fit", fail)
+    monkeypatch.setattr(_Process, "tune", fail)
     with caplog.at_level(logging.WARNING):
         surrogate = fitted(MODES["derivatives on curves"])
     assert "not positive definite" in caplog.text
@@ -262,10 +263,10 @@ def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
 
 
 def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: _Process, steps: int) -> None:
+    def fail(self: _Process, steps: int, turns: Sequence[_Rows]) -> None:
         raise NotPSDError("not positive definite")
 
-    monkeypatch.setattr(_Process, "fit", fail)
+    monkeypatch.setattr(_Process, "tune", fail)
     with pytest.raises(SurrogateError, match="even at its prior"):
         fitted(MODES["values"])
 
@@ -273,14 +274,14 @@ def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.Monk
 def test_hyperparameters_that_are_not_finite_count_as_a_failed_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = _Process.fit
+    real = _Process.tune
 
-    def spoil(self: _Process, steps: int) -> None:
-        real(self, steps)
+    def spoil(self: _Process, steps: int, turns: Sequence[_Rows]) -> None:
+        real(self, steps, turns)
         if steps:
-            self.covar_module.raw_outputscale.fill_(float("nan"))
+            self.covar_module.raw_outputscale.data.fill_(float("nan"))
 
-    monkeypatch.setattr(_Process, "fit", spoil)
+    monkeypatch.setattr(_Process, "tune", spoil)
     with caplog.at_level(logging.WARNING):
         surrogate = fitted(MODES["values"])
     assert "surrogate fit" in caplog.text
@@ -323,19 +324,27 @@ def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = error(fitted(build, 14))
-    fits: list[tuple[int, bool]] = []
-    fit = _Process.fit
+    factored: list[int] = []
+    factor = psd_safe_cholesky
 
-    def note(process: _Process, steps: int) -> None:
-        fits.append((len(process.train_targets), steps > 0))
-        fit(process, steps)
+    def note(matrix: Tensor) -> Tensor:
+        factored.append(len(matrix))
+        return factor(matrix)
 
-    monkeypatch.setattr(_Process, "fit", note)
+    tuned: list[Sequence[_Rows]] = []
+    tune = _Process.tune
+
+    def note_turns(process: _Process, steps: int, turns: Sequence[_Rows]) -> None:
+        tuned.append(turns)
+        tune(process, steps, turns)
+
+    monkeypatch.setattr("unicuco.surrogate.gp.psd_safe_cholesky", note)
+    monkeypatch.setattr(_Process, "tune", note_turns)
     surrogate = fitted(build, 2000)
-    (tuned, is_tuned), (final, is_tuned_again) = fits
-    assert (is_tuned, is_tuned_again) == (True, False)
-    assert tuned <= 320
-    assert final <= 1600
+    assert 1000 < max(factored) <= 1600
+    (turns,) = tuned
+    assert all(200 < len(turn.targets) <= 320 for turn in turns)
+    assert len(turns) > 1, "all that is known is tuned to, part by part"
     assert error(surrogate) < few
 
 

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unicuco.dimensions import Granularity, build_space
+from unicuco.errors import RequestError
+from unicuco.search import build_search
+from unicuco.search.transfer import Guide, carried_over
+from unicuco.space import StrategySpace
+from unicuco.testing.coupled import CoupledResponse
+from unicuco.testing.profiles import make_profile
+
+SITES = ((4, 6), (8, 3))
+
+
+def space_of(num_blocks: int, granularity: Granularity = Granularity.LAYER) -> StrategySpace:
+    return build_space(make_profile([SITES] * num_blocks), ("sparsity",), granularity)
+
+
+def test_a_model_of_the_same_depth_gets_the_answers_as_they_are() -> None:
+    points = torch.rand(5, 6, dtype=torch.float64)
+    assert torch.allclose(carried_over(space_of(3), space_of(3), points), points)
+
+
+def test_a_deeper_model_reads_answers_at_the_same_relative_place_of_the_same_kind() -> None:
+    shallow = torch.tensor([[0.0, 0.5, 0.8, 0.7]], dtype=torch.float64)  # blocks x sites
+    deep = carried_over(space_of(2), space_of(4), shallow)[0].reshape(4, 2)
+    # Centres of four blocks lie at -1/4, 1/4, 3/4, 5/4 of two blocks' centres 0 and 1.
+    assert deep[:, 0].tolist() == pytest.approx([0.0, 0.2, 0.6, 0.8])
+    assert deep[:, 1].tolist() == pytest.approx([0.5, 0.55, 0.65, 0.7])
+    back = carried_over(space_of(4), space_of(2), deep.reshape(1, 8))
+    assert back[0].tolist() == pytest.approx([0.1, 0.525, 0.7, 0.675])
+
+
+def test_blocks_are_of_one_kind() -> None:
+    block = Granularity.BLOCK
+    points = torch.tensor([[0.2, 0.6]], dtype=torch.float64)
+    found = carried_over(space_of(2, block), space_of(3, block), points)
+    assert found[0].tolist() == pytest.approx([0.2, 0.4, 0.6])
+
+
+def test_another_architecture_or_granularity_is_refused() -> None:
+    points = torch.zeros(1, 4, dtype=torch.float64)
+    with pytest.raises(RequestError, match="same architecture and granularity"):
+        carried_over(space_of(2), space_of(2, Granularity.BLOCK), points)
+
+
+def test_a_guide_is_linear_between_its_sparsities_and_flat_beyond() -> None:
+    guide = Guide(
+        sparsities=torch.tensor([0.2, 0.6], dtype=torch.float64),
+        points=torch.tensor([[0.0, 1.0], [0.4, 0.0]], dtype=torch.float64),
+    )
+    found = guide.at([0.1, 0.3, 0.6, 0.9])
+    expected = torch.tensor([[0.0, 1.0], [0.1, 0.75], [0.4, 0.0], [0.4, 0.0]]).double()
+    assert torch.allclose(found, expected)
+
+
+def test_a_guided_search_asks_the_guide_s_answers_first() -> None:
+    response = CoupledResponse(1, seed=0)
+    sparsities = [0.1, 0.5, 0.9]
+    answers = response.space.encode(response.space.uniforms(sparsities)).flip(1)
+    guide = Guide(sparsities=torch.tensor(sparsities, dtype=torch.float64), points=answers)
+    config = replace(response.config, guide=guide)
+    asked = [ask.strategy for k in range(2) for ask in build_search(config).ask(k)]
+    assert len(asked) == 6
+    blind = [ask.strategy for k in range(2) for ask in build_search(response.config).ask(k)]
+    for strategy, other in zip(asked, blind, strict=True):
+        cost = response.space.cost
+        assert cost.kept_params(strategy.values) == cost.kept_params(other.values)
+        sparsity = 1 - cost.kept_params(strategy.values) / cost.total_params
+        nearest = guide.at([sparsity])
+        assert (response.space.encode([strategy]) - nearest).abs().max() < 0.15

@@ -1,0 +1,84 @@
+"""What a run learned, carried over to a model of the same architecture and another depth or width.
+
+An axis is known by its kind (its site's name without the block's number) and its block's place in
+the model. Answers of a run are read at the same relative place of the same kind, linearly in
+between; block granularity has one kind. A search that is guided so asks these answers first, where
+it would else ask blind.
+
+What it does not know: where runs lie, and whether a sibling is alike. Nothing is believed unseen:
+all answers are measured on the model itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from unicuco.errors import RequestError
+from unicuco.space import StrategySpace
+
+_BLOCK: Final = re.compile(r"\.(\d+)(?=\.|$)")  # the first number of a name is its block's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guide:
+    """Answers to start from: ``points`` are ``k x d`` unit points for ``k`` rising sparsities."""
+
+    sparsities: Tensor
+    points: Tensor
+
+    def at(self, sparsities: Sequence[float]) -> Tensor:
+        """Return the ``n x d`` points for sparsities, linear in between, the ends beyond."""
+        return _interpolated(self.sparsities, self.points, torch.tensor(sparsities).double())
+
+
+def carried_over(source: StrategySpace, target: StrategySpace, points: Tensor) -> Tensor:
+    """Return a space's ``k x d`` unit points as ``k x d'`` points of another.
+
+    Raises:
+        RequestError: the other space has axes of a kind that this one has not.
+    """
+    places: dict[str, list[tuple[int, int]]] = {}
+    for a, name in enumerate(source.names):
+        kind, block = _kind_and_block(name)
+        places.setdefault(kind, []).append((block, a))
+    depth, old_depth = _num_blocks(target), _num_blocks(source)
+    columns = []
+    for name in target.names:
+        kind, block = _kind_and_block(name)
+        if kind not in places:
+            raise RequestError(
+                f"warm-from needs a run of the same architecture and granularity; it has no {kind}"
+            )
+        own = sorted(places[kind])
+        blocks = torch.tensor([b for b, _ in own], dtype=torch.float64)
+        values = points[:, [a for _, a in own]].mT.double()
+        at = torch.tensor([(block + 0.5) / depth * old_depth - 0.5], dtype=torch.float64)
+        columns.append(_interpolated(blocks, values, at)[0])
+    return torch.stack(columns, dim=1)
+
+
+def _kind_and_block(name: str) -> tuple[str, int]:
+    found = _BLOCK.search(name)
+    if found is None:
+        return name, 0
+    return f"{name[: found.start()]}.*{name[found.end() :]}", int(found[1])
+
+
+def _num_blocks(space: StrategySpace) -> int:
+    return 1 + max(_kind_and_block(name)[1] for name in space.names)
+
+
+def _interpolated(knots: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """Return ``m x w`` rows at ``m`` places between ``n`` rising knots with ``n x w`` values."""
+    if len(knots) == 1:
+        return values.expand(len(at), -1)
+    right = torch.searchsorted(knots, at).clamp(1, len(knots) - 1)
+    share = (at - knots[right - 1]) / (knots[right] - knots[right - 1])
+    share = share.clamp(0, 1)[:, None]
+    return values[right - 1] + share * (values[right] - values[right - 1])
