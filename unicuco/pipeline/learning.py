@@ -123,7 +123,8 @@ def _check_identity(
     if recorded is None:
         store.set_meta("identity", identity)
     else:
-        differing = [name for name, value in identity.items() if recorded.get(name) != value]
+        names = {**identity, **recorded}  # what goes unnamed is as it always is
+        differing = [name for name in names if recorded.get(name) != identity.get(name)]
         if differing:
             raise RunError(
                 f"{options.place} was begun with another {' and '.join(differing)}; "
