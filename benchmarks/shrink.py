@@ -12,11 +12,14 @@ Parts:
 - ``modegpt``: a part of ``quality`` that takes minutes: MoDeGPT's modules with its allocation or
   the same share everywhere, and one module alone (then shares are of that module), against plain
   slicing of as much and against our orders of channels and pairs;
+- ``mixed``: StratNet of depth, width and sparsity together against StratNets of each alone and a
+  fixed split (so many parts gone, such a share by uniform widths, the rest by uniform zeros), tuned
+  on the search text for every budget, at three budgets;
 - ``latency``: time per token of random strategies, predicted and measured, both relative to dense
   (`benchmarks.shrink_latency`).
 
-``python -m benchmarks.shrink [speed] [quality] [modegpt] [latency] [--seeds 1] [--strategies 20]``;
-results go to ``benchmarks/results/shrink-PART.json``.
+``python -m benchmarks.shrink [PART …] [--seeds 1] [--strategies 20]``; results go to
+``benchmarks/results/shrink-PART.json``.
 """
 
 from __future__ import annotations
@@ -58,6 +61,9 @@ from unicuco.space import StrategySpace
 from unicuco.types import Request, Strategy
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4)
+MIXED = ("depth", "width", "sparsity")
+BUDGETS = (0.3, 0.45, 0.6)  # of the part mixed
+GONE, WIDTHS = (0, 1, 2), (0.0, 0.1, 0.2, 0.3)  # of fixed splits: parts, shares of width
 # Name -> (hidden size, blocks, query heads, key and value heads, channels, vocabulary).
 SHAPES = {
     "wide blocks": (1024, 8, 16, 4, 2816, 8_192),
@@ -192,9 +198,9 @@ def learned(dimensions: tuple[str, ...], granularity: str, seed: int, folder: Pa
     return learn(options, backend=LocalBackend(), progress=lambda _: None)
 
 
-def stratnet(run: Run) -> list[Strategy]:
+def stratnet(run: Run, sparsities: Sequence[float] = SPARSITIES) -> list[Strategy]:
     """Return the run's answers."""
-    plans = run.plan([Request.from_dict({"sparsity": s}) for s in SPARSITIES])
+    plans = run.plan([Request.from_dict({"sparsity": s}) for s in sparsities])
     return [plan.strategy for plan in plans]  # type: ignore[union-attr]  # all can be met
 
 
@@ -233,7 +239,8 @@ def enumerated(judge: Judge) -> list[Strategy]:
 class Rows:
     """What was measured, written as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, sparsities: Sequence[float]) -> None:
+        self.sparsities = sparsities
         self.rows: list[dict[str, Any]] = []
 
     def add(
@@ -243,7 +250,7 @@ class Rows:
         started = time.process_time()
         strategies = make()
         seconds = time.process_time() - started
-        for sparsity, strategy in zip(SPARSITIES, strategies, strict=True):
+        for sparsity, strategy in zip(self.sparsities, strategies, strict=True):
             evaluation = test.evaluate(strategy)
             self.rows.append(
                 {
@@ -251,7 +258,7 @@ class Rows:
                     "sparsity": 1 - evaluation.kept_fraction, "cpu_seconds": seconds,
                 }
             )  # fmt: skip
-        shown = ", ".join(f"{row['kl']:.4f}" for row in self.rows[-len(SPARSITIES) :])
+        shown = ", ".join(f"{row['kl']:.4f}" for row in self.rows[-len(self.sparsities) :])
         print(f"seed {seed} {method}: {shown} ({seconds:.0f} CPU s)", flush=True)
 
     def show(self) -> None:
@@ -261,10 +268,10 @@ class Rows:
             own = [row for row in self.rows if row["method"] == method]
             middle = [
                 float(torch.tensor([r["kl"] for r in own if r["asked"] == s]).median())
-                for s in SPARSITIES
+                for s in self.sparsities
             ]
             lines.append([method, *middle])
-        print(table(["test KL, nats", *map(str, SPARSITIES)], lines))
+        print(table(["test KL, nats", *map(str, self.sparsities)], lines))
 
 
 def depth_methods(rows: Rows, seed: int, scratch: Path) -> None:
@@ -334,9 +341,67 @@ def alone(space: StrategySpace, ending: str) -> list[Strategy]:
     return space.decode(torch.tensor(SPARSITIES, dtype=torch.float64)[:, None] / high * ours)
 
 
-def measure_quality(name: str, seeds: int, methods: Sequence[Callable[..., None]]) -> None:
+def mixed_methods(rows: Rows, seed: int, scratch: Path) -> None:
+    """Measure all dimensions together, each alone, and a fixed split of them."""
+    for dimensions in (("depth",), ("width",), ("sparsity",), MIXED):
+        run = learned(dimensions, "layer", seed, scratch / "-".join(dimensions))
+        judge = Judge(dimensions, "layer", seed)
+        name = "+".join(dimensions)
+        rows.add(
+            f"stratnet, {name}", seed, judge.test,
+            lambda run=run: stratnet(run, rows.sparsities),
+        )  # fmt: skip
+        if dimensions == MIXED and seed == 0:
+            rows.add("fixed split, tuned", seed, judge.test, lambda j=judge: fixed_splits(j))
+
+
+def fixed_splits(judge: Judge) -> list[Strategy]:
+    """Return the best fixed split for every budget, by the search text."""
+    space = judge.space
+    parts = [name for name in space.names if name.startswith("depth/")]
+    alone = {part: judge.search.evaluate(_settings(space, {part: 1.0})).kl for part in parts}
+    cheapest = sorted(parts, key=lambda part: alone[part])
+    found = []
+    for budget in BUDGETS:
+        split = [
+            _split(space, dict.fromkeys(cheapest[:gone], 1.0), width, budget)
+            for gone in GONE
+            for width in WIDTHS
+        ]
+        found.append(min(split, key=lambda strategy: judge.search.evaluate(strategy).kl))
+    return found
+
+
+def _split(space: StrategySpace, gone: dict[str, float], width: float, sparsity: float) -> Strategy:
+    """Return parts gone, all others narrowed alike, and as many zeros as the budget then asks."""
+    kept = space.kept_for_sparsity(sparsity)
+    there = [name for name in space.names if f"depth/{name.partition('/')[2]}" not in gone]
+    narrowed = gone | {name: width for name in there if name.startswith("width/")}
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        zeros = {name: middle for name in space.names if name.startswith("sparsity/")}
+        if space.cost.size_of(_settings(space, narrowed | zeros).values) > kept:
+            low = middle
+        else:
+            high = middle
+    zeros = {name: high for name in space.names if name.startswith("sparsity/")}
+    return _settings(space, narrowed | zeros)
+
+
+def _settings(space: StrategySpace, chosen: dict[str, float]) -> Strategy:
+    raw = Strategy(settings=tuple((name, chosen.get(name, 0.0)) for name in space.names))
+    return space.decode(space.encode([raw]))[0]  # on the steps that there are
+
+
+def measure_quality(
+    name: str,
+    seeds: int,
+    methods: Sequence[Callable[..., None]],
+    sparsities: Sequence[float] = SPARSITIES,
+) -> None:
     """Measure every method at every target."""
-    rows = Rows()
+    rows = Rows(sparsities)
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as scratch:
             for measure in methods:
@@ -349,7 +414,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="speed, quality, latency (all if none), modegpt"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="speed, quality, latency (all if none), modegpt, mixed",
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--strategies", type=int, default=20, help="of the part latency")
@@ -363,6 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_quality("quality", options.seeds, every)
     elif "modegpt" in parts:
         measure_quality("modegpt", 1, (modegpt_methods,))
+    if "mixed" in parts:
+        measure_quality("mixed", options.seeds, (mixed_methods,), BUDGETS)
     for name in SHAPES if "latency" in parts else ():
         config = AutoConfig.for_model("llama", **dense_fields(SHAPES[name]))
         measure_latency(name, config, options.strategies, LatencyOptions(threads=1))

@@ -45,7 +45,8 @@ class LowRank(Dimension):
         if not attentions:
             raise RequestError(
                 f"the heads of {profile.architecture} can't be narrowed (those of Llama and Qwen2 "
-                "models can); leave low_rank out of --dimensions"
+                "models can); leave low_rank out of --dimensions; masks go with every family "
+                "(--dimensions sparsity)"
             )
         return [
             grid_axis(f"{self.name}/{profile.parts[p].path}.{kind}", count)

@@ -46,7 +46,8 @@ class Width(Dimension):
         if not steps:
             raise RequestError(
                 f"{profile.architecture} can't be narrowed (Llama and Qwen2 models can); "
-                "leave width out of --dimensions"
+                "leave width out of --dimensions; masks go with every family "
+                "(--dimensions sparsity)"
             )
         return [grid_axis(f"{self.name}/{part.path}", count) for part, count in steps]
 
