@@ -37,7 +37,7 @@ from unicuco.search import learn_network
 from unicuco.search.drive import AskTell, Pool, Progress, drive
 from unicuco.store import EvaluationStore, Measurement
 from unicuco.stratnet import StratNet, StratNetAllocator
-from unicuco.surrogate import GaussianProcess, Intervals, Surrogate, TaskSurrogates
+from unicuco.surrogate import GaussianProcess, Intervals, Measured, Surrogate, TaskSurrogates
 from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, ServedAs, Strategy
 
 _FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
@@ -222,27 +222,40 @@ def _validate(
     curves: dict[str, list[tuple[float, float]]] = {"stratnet": [], "uniform": [], "fisher": []}
     for (name, sparsity, _), kl in zip(asked, windows, strict=True):
         curves[name].append((sparsity, float(kl.mean())))
-    own = [strategy for name, _, strategy in asked if name == "stratnet"]
-    return curves, _calibrated(surrogate, space.encode(own), torch.stack(windows[: len(own)]))
+    points = space.encode([strategy for _, _, strategy in asked])
+    sizes = space.cost.size(space.settings(points))
+    return curves, _calibrated(surrogate, points, sizes, torch.stack(windows), len(targets))
 
 
 @torch.no_grad()
-def _calibrated(surrogate: Surrogate, points: Tensor, window_kl: Tensor) -> dict[str, object]:
-    """Return the intervals that ``n x w`` measurements at ``n x d`` points give, task by task."""
+def _calibrated(
+    surrogate: Surrogate, points: Tensor, sizes: Tensor, window_kl: Tensor, num_front: int
+) -> dict[str, object]:
+    """Return the intervals that ``n x w`` measurements at ``n x d`` points give, task by task.
+
+    The first ``num_front`` points are StratNet's, the others off the front.
+    """
+
+    def intervals(process: GaussianProcess, own: Tensor) -> dict[str, object]:
+        columns = (own, *process.posterior(points), sizes)
+        front, others = (
+            Measured(window_kl=kl, mean=mean, std=std, sizes=kept)
+            for kl, mean, std, kept in (
+                [column[:num_front] for column in columns],
+                [column[num_front:] for column in columns],
+            )
+        )
+        scale = process.deviation_scale()
+        return asdict(Intervals.calibrate(front, others, deviation_scale=scale))
+
     if not isinstance(surrogate, TaskSurrogates):
         assert isinstance(surrogate, GaussianProcess), "there is no other kind"
-        return _intervals(surrogate, points, window_kl)
+        return intervals(surrogate, window_kl)
     parts = window_kl.chunk(len(surrogate.processes), dim=1)
     return {
-        task: _intervals(process, points, own)
+        task: intervals(process, own)
         for (task, process), own in zip(surrogate.processes.items(), parts, strict=True)
     }
-
-
-def _intervals(process: GaussianProcess, points: Tensor, window_kl: Tensor) -> dict[str, object]:
-    mean, std = process.posterior(points)
-    scale = process.deviation_scale()
-    return asdict(Intervals.calibrate(window_kl, mean, std, deviation_scale=scale))
 
 
 def _measure(

@@ -236,7 +236,8 @@ class Planner:
         return strategy
 
     def _predict(self, points: Tensor, weights: Tensor | None) -> list[Prediction]:
-        predictions = self._forecast.predict(points, weights)
+        sizes = self.space.cost.size(self.space.settings(points))
+        predictions = self._forecast.predict(points, sizes, weights)
         dense = (points <= 0).all(1).tolist()
         nothing = Prediction(mean=0.0, lo95=0.0, hi95=0.0)  # the dense model itself, by definition
         return [nothing if is_dense else p for p, is_dense in zip(predictions, dense, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unicuco.surrogate.gp import GaussianProcess, Observations, SurrogateOptions
-from unicuco.surrogate.intervals import Intervals
+from unicuco.surrogate.intervals import Intervals, Measured
 from unicuco.surrogate.mean import EPSILON, CurveMean
 from unicuco.surrogate.tasks import (
     Forecast,
@@ -19,6 +19,7 @@ __all__ = [
     "Forecast",
     "GaussianProcess",
     "Intervals",
+    "Measured",
     "Observations",
     "Surrogate",
     "SurrogateOptions",

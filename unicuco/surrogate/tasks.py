@@ -90,8 +90,8 @@ def combine(log_kl: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 class Forecast(Protocol):
     """Predictions on fresh text, under task weights where there are tasks."""
 
-    def predict(self, points: Tensor, weights: Tensor | None) -> list[Prediction]:
-        """Return predictions at ``q x d`` points; ``weights`` are ``q x k`` or none."""
+    def predict(self, points: Tensor, sizes: Tensor, weights: Tensor | None) -> list[Prediction]:
+        """Return predictions at ``q x d`` points of ``q`` sizes; ``weights`` ``q x k`` or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +101,11 @@ class TextForecast:
     surrogate: GaussianProcess
     intervals: Intervals
 
-    def predict(self, points: Tensor, weights: Tensor | None) -> list[Prediction]:
+    def predict(self, points: Tensor, sizes: Tensor, weights: Tensor | None) -> list[Prediction]:
         """Return predictions; there is nothing to weigh."""
         with torch.no_grad():
             mean, std = self.surrogate.posterior(points)
-        return self.intervals.predict(mean, std)
+        return self.intervals.predict(mean, std, sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +115,16 @@ class TaskForecast:
     surrogates: TaskSurrogates
     intervals: tuple[Intervals, ...]
 
-    def predict(self, points: Tensor, weights: Tensor | None) -> list[Prediction]:
+    def predict(self, points: Tensor, sizes: Tensor, weights: Tensor | None) -> list[Prediction]:
         """Return predictions of the weighted KL; none: all tasks equally."""
         k = len(self.intervals)
         if weights is None:
             weights = torch.full((len(points), k), 1 / k, dtype=torch.float64)
         with torch.no_grad():
             mean, std = self.surrogates.posteriors(points)
-        corrected = [i.corrected(m, s) for i, m, s in zip(self.intervals, mean, std, strict=True)]
+        corrected = [
+            own.corrected(m, s, sizes) for own, m, s in zip(self.intervals, mean, std, strict=True)
+        ]
         centre, shares = combine(torch.stack([centre for centre, _ in corrected]), weights)
         own = torch.stack([variance for _, variance in corrected])
         spread = (shares * own.sqrt()).sum(0)

@@ -198,10 +198,12 @@ def test_predictions_are_of_the_weighted_kl(task_run: Run) -> None:
     same = plan(task_run, sparsity=SPARSITY, task_weights={"code": 0.5, "prose": 0.5})
     assert same.strategy == even.strategy
     assert same.kl == even.kl
-    points = task_run.planner.space.encode([even.strategy])
+    space = task_run.planner.space
+    points = space.encode([even.strategy])
+    sizes = space.cost.size(space.settings(points))
     forecast = task_run.planner._forecast
     weighted = {
-        share: forecast.predict(points, torch.tensor([[share, 1 - share]]).double())[0].mean
+        share: forecast.predict(points, sizes, torch.tensor([[share, 1 - share]]).double())[0].mean
         for share in (0.0, 0.25, 1.0)
     }
     # A mean of KLs, not of their logarithms.

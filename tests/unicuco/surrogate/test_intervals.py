@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unicuco.surrogate import EPSILON, Intervals
+from unicuco.surrogate import EPSILON, Intervals, Measured
 
 
 def draw(n: int, windows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,16 +26,21 @@ def draw(n: int, windows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return kl[:, 0], kl[:, 1].mean(1), said
 
 
+def front(kl: Tensor, said: Tensor, std: float = 0.0) -> Measured:
+    """Measured strategies whose size falls by one with every nat of log KL."""
+    return Measured(window_kl=kl, mean=said, std=torch.full_like(said, std), sizes=-said)
+
+
 def calibrated(**changes: float) -> Intervals:
     """Calibrated on five strategies of which the surrogate says a tenth too little."""
     means = torch.linspace(-4, 0, 5, dtype=torch.float64)
     kl = (means + 0.1).exp()[:, None] * torch.tensor([0.9, 1.1], dtype=torch.float64) - EPSILON
-    return Intervals.calibrate(kl, means, torch.full((5,), 0.01), **changes)
+    return Intervals.calibrate(front(kl, means, 0.01), **changes)
 
 
-def width(intervals: Intervals, mean: float, std: float = 0.0) -> float:
-    """hi95 / lo95 of one prediction."""
-    (p,) = intervals.predict(torch.tensor([mean]).double(), torch.tensor([std]).double())
+def width(intervals: Intervals, mean: float, std: float = 0.0, excess: float = 0.0) -> float:
+    """hi95 / lo95 of one prediction, so many nats above the front of its size."""
+    (p,) = intervals.predict(*(torch.tensor([x]).double() for x in (mean, std, -mean + excess)))
     return p.hi95 / p.lo95
 
 
@@ -44,7 +49,7 @@ def test_intervals_hold_nearly_all_fresh_measurements() -> None:
     zeros = torch.zeros(12, dtype=torch.float64)
     for seed in range(60):
         validation, fresh, said = draw(12, 6, seed)
-        predicted = Intervals.calibrate(validation, said, zeros).predict(said, zeros)
+        predicted = Intervals.calibrate(front(validation, said)).predict(said, zeros, -said)
         for prediction, kl in zip(predicted, fresh.tolist(), strict=True):
             inside += prediction.lo95 <= kl <= prediction.hi95
             total += 1
@@ -53,8 +58,8 @@ def test_intervals_hold_nearly_all_fresh_measurements() -> None:
 
 def test_what_the_surrogate_gets_wrong_along_the_front_is_corrected() -> None:
     validation, _, said = draw(12, 2000, 1)
-    centre, variance = Intervals.calibrate(validation, said, torch.zeros(12)).corrected(
-        said, torch.zeros(12)
+    centre, variance = Intervals.calibrate(front(validation, said)).corrected(
+        said, torch.zeros(12), -said
     )
     truth = validation.mean(1).log()
     assert float((said - truth).std()) > 0.09
@@ -64,7 +69,7 @@ def test_what_the_surrogate_gets_wrong_along_the_front_is_corrected() -> None:
 
 def test_the_correction_is_that_of_a_process_with_the_greatest_evidence() -> None:
     validation, _, said = draw(9, 6, 3)
-    found = Intervals.calibrate(validation, said, torch.zeros(9))
+    found = Intervals.calibrate(front(validation, said))
     x, y = torch.tensor([found.means, found.residuals], dtype=torch.float64)
 
     eye = torch.eye(9, dtype=torch.float64)
@@ -87,7 +92,7 @@ def test_the_correction_is_that_of_a_process_with_the_greatest_evidence() -> Non
     covariance = kernel(x, x, found.amplitude, found.length) + found.nugget**2 * eye
     cross = kernel(point, x, found.amplitude, found.length)
     solved = torch.linalg.solve(covariance, torch.stack([y, cross[0]], dim=1))
-    centre, variance = found.corrected(point, torch.zeros(1))
+    centre, variance = found.corrected(point, torch.zeros(1), -point)
     assert float(centre) == pytest.approx(-1.7 + float(cross[0] @ solved[:, 0]), abs=1e-9)
     unsure = 0.3**2 + found.amplitude**2 - float(cross[0] @ solved[:, 1])
     expected = unsure + found.nugget**2 + found.text_variance
@@ -98,36 +103,73 @@ def test_a_deviation_beyond_the_fronts_own_widens_the_interval_by_its_scale() ->
     plain, scaled = calibrated(), calibrated(deviation_scale=4.0)
     assert width(plain, -2.0, 0.0) == width(plain, -2.0, 0.01) == width(scaled, -2.0, 0.01)
     assert width(plain, -2.0, 0.01) < width(plain, -2.0, 0.1) < width(scaled, -2.0, 0.1)
-    _, near = scaled.corrected(torch.tensor([-2.0]), torch.tensor([0.01]))
-    _, far = scaled.corrected(torch.tensor([-2.0]), torch.tensor([0.1]))
+    _, near = scaled.corrected(torch.tensor([-2.0]), torch.tensor([0.01]), torch.tensor([2.0]))
+    _, far = scaled.corrected(torch.tensor([-2.0]), torch.tensor([0.1]), torch.tensor([2.0]))
     assert float(far - near) == pytest.approx(16 * (0.1**2 - 0.01**2), rel=1e-6)
     assert calibrated(deviation_scale=0.5).deviation_scale == 1.0
 
 
+def test_what_lies_above_the_front_of_its_size_is_less_sure_by_a_share_of_that() -> None:
+    intervals = calibrated()
+    assert intervals.excess_scale == 0.1, "the prior's"
+    assert width(intervals, -2.0) < width(intervals, -2.0, excess=0.5)
+    assert width(intervals, -2.0, excess=-0.5) == width(intervals, -2.0), "below: as on it"
+    point, std = torch.tensor([-2.0]), torch.tensor([0.01])
+    _, near = intervals.corrected(point, std, -point)
+    _, far = intervals.corrected(point, std, -point + 0.8)
+    assert float(far - near) == pytest.approx((0.1 * 0.8) ** 2, rel=1e-6)
+
+
+def test_the_share_is_the_one_that_fits_what_was_measured_off_the_front() -> None:
+    validation, _, said = draw(12, 2000, 1)
+    on_front = front(validation, said)
+    above, truth = said[3:9], validation.mean(1).log()[3:9]
+    for share, least, most in ((0.0, 0.0, 0.075), (0.3, 0.2, 0.45)):
+        errors = share * torch.tensor([1.0, -1.0]).repeat(3).double()
+        kl = (truth + errors).exp()[:, None].repeat(1, 4)  # of an excess of one nat
+        others = Measured(window_kl=kl, mean=above, std=torch.zeros(6).double(), sizes=1.0 - above)
+        found = Intervals.calibrate(on_front, others)
+        assert least <= found.excess_scale <= most, share
+    nothing = Measured(**{k: v[:0] for k, v in vars_of(others).items()})
+    assert Intervals.calibrate(on_front, nothing).excess_scale == 0.1
+
+
+def vars_of(measured: Measured) -> dict[str, Tensor]:
+    names = ("window_kl", "mean", "std", "sizes")
+    return {name: getattr(measured, name) for name in names}
+
+
+def test_intervals_of_runs_from_before_sizes_were_kept_are_as_they_were() -> None:
+    document = asdict(calibrated())
+    del document["sizes"], document["excess_scale"]
+    old = Intervals.restore(document)
+    assert width(old, -2.0, excess=0.5) == width(old, -2.0) == width(calibrated(), -2.0)
+    with pytest.raises(ValueError, match="sizes"):
+        Intervals.restore({**document, "sizes": [1.0]})
+
+
 def test_predictions_outside_what_was_measured_are_less_sure() -> None:
     validation, _, said = draw(12, 2000, 1)
-    intervals = Intervals.calibrate(validation, said, torch.zeros(12))
+    intervals = Intervals.calibrate(front(validation, said))
     assert width(intervals, -2.0) < width(intervals, 2.0) < width(intervals, 4.0)
 
 
 def test_fewer_strategies_give_wider_intervals() -> None:
     few, many = draw(4, 6, 5), draw(40, 6, 5)
-    widths = [
-        width(Intervals.calibrate(d[0], d[2], torch.zeros_like(d[2])), -2.0) for d in (few, many)
-    ]
+    widths = [width(Intervals.calibrate(front(d[0], d[2])), -2.0) for d in (few, many)]
     assert widths[0] > widths[1]
 
 
 def test_a_kl_of_nothing_has_a_finite_interval_from_zero() -> None:
     nothing = torch.full((1,), math.log(EPSILON / 2), dtype=torch.float64)
-    (prediction,) = calibrated().predict(nothing, torch.tensor([0.1]).double())
+    (prediction,) = calibrated().predict(nothing, torch.tensor([0.1]).double(), -nothing)
     assert prediction.lo95 == prediction.mean == 0.0
     assert 0 <= prediction.hi95 < 1e-2
 
 
 def test_one_window_says_nothing_of_how_texts_vary() -> None:
     validation, _, said = draw(5, 1, 2)
-    intervals = Intervals.calibrate(validation, said, torch.zeros(5))
+    intervals = Intervals.calibrate(front(validation, said))
     assert intervals.text_variance == 0.0
     assert intervals.degrees == 4
 
