@@ -44,8 +44,8 @@ _CONSTANT: Final = 0.3
 _AMPLITUDES: Final = (0.01, 0.03, 0.1, 0.3, 1.0)
 _LENGTHS: Final = (0.5, 1.0, 2.0, 4.0)  # nats of log KL: a front spans about seven
 _NUGGETS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
-# Shares of the excess over the front. Under the prior's, 96% and 99% of 120 random strategies lie in
-# their interval, in two runs of the reference model; without any 78% and 88%.
+# Shares of the excess over the front. Under the prior's, 96% and 99% of 120 random strategies lie
+# in their interval, in two runs of the reference model; without any 78% and 88%.
 _EXCESSES: Final = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45)
 _EXCESS_PRIOR: Final = (math.log(0.1), 0.5)  # mean and deviation of the share's logarithm
 
