@@ -1,7 +1,7 @@
 """A response of any number of axes that is not additive, with an optimum that can be computed.
 
 No model is behind it: an evaluation is a formula. Every site costs alone what a power of its share
-of zeros costs, sizes and powers drawn log-normally; neighbours in a block and the same sites of
+of zeros costs, sizes drawn log-normally and powers evenly; neighbours in a block and the same sites of
 neighbouring blocks add, or take off, a share of the geometric mean of their costs, so that what is
 best for one depends on the others:
 
@@ -127,8 +127,8 @@ class CoupledResponse:
     def optimum(self, sparsities: Sequence[float], seed: int = 0) -> list[Strategy]:
         """Return the best strategies that descent on the response itself finds.
 
-        From uniform, from the curves, and from random starts, all targets at once; the best of a
-        target's is its optimum.
+        From uniform and from random starts, all targets at once; the best of a target's is its
+        optimum.
         """
         budgets = [self.space.kept_for_sparsity(s) for s in sparsities]
         kept = torch.tensor(budgets, dtype=torch.float64)
