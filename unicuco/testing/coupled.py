@@ -1,9 +1,9 @@
 """A response of any number of axes that is not additive, with an optimum that can be computed.
 
 No model is behind it: an evaluation is a formula. Every site costs alone what a power of its share
-of zeros costs, sizes drawn log-normally and powers evenly; neighbours in a block and the same sites of
-neighbouring blocks add, or take off, a share of the geometric mean of their costs, so that what is
-best for one depends on the others:
+of zeros costs, sizes drawn log-normally and powers evenly; neighbours in a block and the same sites
+of neighbouring blocks add, or take off, a share of the geometric mean of their costs, so that what
+is best for one depends on the others:
 
     KL(u) = sum_i e_i(u_i) + sum_(i, j) c_ij sqrt(e_i(u_i) e_j(u_j)),   e_i(u) = a_i u^p_i
 
