@@ -232,9 +232,7 @@ class Run:
         if kind is NetKind.SIZE and space.has_shapes:
             kind = NetKind.SHAPE
         state = load_tensors(self.folder / "stratnet.safetensors")
-        hidden = len(state["layers.0.bias"])
-        net = StratNet(kind, space.num_axes, seed=0, num_tasks=len(self.tasks), hidden=hidden)
-        net.load_state_dict(state)
+        net = StratNet.restore(kind, space.num_axes, state, num_tasks=len(self.tasks))
         return Planner(
             space=space,
             allocator=StratNetAllocator(net, space),

@@ -45,6 +45,9 @@ _DARING: Final = 1.0  # standard deviations taken off the mean while asking
 _CAUTION: Final = 0.5  # and added to it while teaching
 _CHOICES: Final = 16  # strategies per target, of which the first new one is asked
 _STARTS: Final = 4  # measured strategies that a local search starts from
+# As near to an end of an axis as an answer has to come. Where all the way counts, parts that stay
+# whole push all others to the network's reach, and it can't tell these from each other any more.
+_NEAR_ENOUGH: Final = 0.02
 _LESSONS: Final = 48  # targets that the network is taught
 _TRAINING_STEPS: Final = 800
 _LEARNING_RATE: Final = 0.02
@@ -223,11 +226,11 @@ def learn_shapes(
     lessons.reverse()
     net = StratNet(NetKind.SHAPE, space.num_axes, seed=seed)
     targets = torch.tensor([teacher.target(s) for s in shares.tolist()], dtype=torch.float64)
-    _teach(net, space, targets, lessons)
+    teach(net, space, targets, lessons)
     return teacher.surrogate, net
 
 
-def _teach(
+def teach(
     net: StratNet, space: StrategySpace, targets: Tensor, lessons: Sequence[Strategy]
 ) -> None:
     """Train a network so that its answers, projected to the lessons' sizes, lie near the lessons.
@@ -236,6 +239,8 @@ def _teach(
     """
     points = space.encode(lessons).clamp(0, 1)
     kept = space.cost.size(space.settings(points))
+    ends = (_NEAR_ENOUGH, 1 - _NEAR_ENOUGH)
+    points = points.clamp(*ends)
     features = target_features(net.kind, targets)
     optimizer = torch.optim.Adam(net.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -243,7 +248,7 @@ def _teach(
     )
     for _ in range(_TRAINING_STEPS):
         answers = space.project_logits(net.logits(features), kept)
-        loss = binary_cross_entropy(answers.clamp(1e-6, 1 - 1e-6), points)
+        loss = binary_cross_entropy(answers.clamp(*ends), points)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,13 +14,13 @@ Notation: b requests, r features, d axes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-_REACH: Final = 4.0  # logits between an axis and uniform, at most: from one half to 0.02 or 0.98
 _SMALL_INIT: Final = (
     1e-2  # of the last layer of a size network: near uniform, yet the gradient reaches every layer
 )
@@ -36,6 +36,10 @@ class NetKind(StrEnum):
 
 _NUM_WINDOWS: Final = 48  # over sparsities from 0 to 1
 _NUM_FEATURES: Final = {NetKind.SIZE: 3, NetKind.SHAPE: 3 + _NUM_WINDOWS, NetKind.PREFERENCE: 2}
+# Logits between an axis and uniform, at most: from one half to 0.02 or 0.98, beyond which nothing
+# measured speaks; shapes where a part goes and others hardly change lie twice as far apart.
+_REACH: Final = {NetKind.SIZE: 4.0, NetKind.SHAPE: 8.0}
+_FORMER_REACH: Final = 4.0  # of networks of both kinds that were kept without it
 _HIDDEN: Final = {NetKind.SIZE: 64, NetKind.SHAPE: 64, NetKind.PREFERENCE: 256}
 
 
@@ -79,6 +83,8 @@ class StratNet(nn.Module):
         hidden: units of each hidden layer; none: as many as the kind usually has.
     """
 
+    reach: Tensor
+
     def __init__(
         self,
         kind: NetKind,
@@ -103,11 +109,23 @@ class StratNet(nn.Module):
                 bound = layer.in_features**-0.5
                 nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
                 nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-        if kind is not NetKind.PREFERENCE:
+        if kind in _REACH:
+            self.register_buffer("reach", torch.tensor(_REACH[kind]))
             last = self.layers[-1]
             assert isinstance(last, nn.Linear)
             nn.init.normal_(last.weight, std=_SMALL_INIT, generator=generator)
             nn.init.zeros_(last.bias)
+
+    @classmethod
+    def restore(
+        cls, kind: NetKind, num_axes: int, state: Mapping[str, Tensor], *, num_tasks: int = 0
+    ) -> StratNet:
+        """Rebuild a network from its ``state_dict``; as for the class else."""
+        hidden = len(state["layers.0.bias"])
+        net = cls(kind, num_axes, seed=0, num_tasks=num_tasks, hidden=hidden)
+        former = {"reach": torch.tensor(_FORMER_REACH)} if kind in _REACH else {}
+        net.load_state_dict({**former, **state})
+        return net
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the ``b x d`` logits of `forward`.
@@ -116,10 +134,9 @@ class StratNet(nn.Module):
         finds.
         """
         output: Tensor = self.layers(features)
-        if self.kind is not NetKind.PREFERENCE:
-            # No axis leaves the neighbourhood of uniform so far that nothing measured speaks of it.
-            return _REACH * torch.tanh(output / _REACH)
-        return output
+        if self.kind not in _REACH:
+            return output
+        return self.reach * torch.tanh(output / self.reach)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``b x r`` request features to ``b x d`` points in (0, 1)."""

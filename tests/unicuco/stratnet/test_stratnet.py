@@ -63,6 +63,23 @@ def test_the_seed_decides_the_weights(kind: NetKind) -> None:
     assert not torch.equal(one, other)
 
 
+@kinds
+def test_a_network_is_restored_as_it_was(kind: NetKind) -> None:
+    net = StratNet(kind, 7, seed=1, hidden=11)
+    restored = StratNet.restore(kind, 7, net.state_dict())
+    assert torch.equal(restored(FEATURES[kind]), net(FEATURES[kind]))
+
+
+@torch.no_grad()
+def test_a_network_from_before_its_reach_was_kept_still_answers_within_four_logits() -> None:
+    net = StratNet(NetKind.SHAPE, 7, seed=1)
+    nn.init.normal_(net.layers[-1].weight, std=100.0)  # type: ignore[arg-type]
+    assert float(net.logits(FEATURES[NetKind.SHAPE]).abs().max()) > 7
+    state = {name: value for name, value in net.state_dict().items() if name != "reach"}
+    former = StratNet.restore(NetKind.SHAPE, 7, state).logits(FEATURES[NetKind.SHAPE])
+    assert 3.5 < float(former.abs().max()) <= 4
+
+
 def test_features_are_finite_at_the_ends_and_outside() -> None:
     for value in (-1.0, 0.0, 1.0, 2.0):
         one = torch.tensor([value])
