@@ -5,13 +5,13 @@ Parts:
 - ``speed``: dense and shrunk models of random weights in the same vLLM, interleaved: seconds of a
   prefill of 4 prompts, and per step of decoding a batch of 16, against the ideal ratio (matrix
   operations of a prefill, weight bytes of a step), and file size against the parameter count;
-- ``quality``: KL on test text at 0.1 to 0.4 of the site weights removed from the reference model:
-  StratNet of depth (blocks and parts), of width, of both, of width and low rank, against depth
-  methods, which search anew for every request, uniform width, and MoDeGPT. EvoPress gets the units
-  of a whole run for each request; with blocks, all patterns are enumerated too;
-- ``modegpt``: a part of ``quality`` that takes minutes: MoDeGPT's modules with its allocation or
-  the same share everywhere, and one module alone (then shares are of that module), against plain
-  slicing of as much and against our orders of channels and pairs;
+- ``quality``: KL on test text at 0.1 to 0.4 of the site weights removed from the reference model.
+  Its own parts are ``depth``: StratNet of blocks and of parts against depth methods, which search
+  anew for every request. EvoPress gets the units of a whole run for each; with blocks, all patterns
+  are enumerated too. ``width``: StratNet of width, of both, of width and low rank, against uniform.
+  ``modegpt``: MoDeGPT's modules with its allocation or the same share everywhere, and one module
+  alone (then shares are of that module), against plain slicing of as much and against our orders of
+  channels and pairs;
 - ``mixed``: StratNet of depth, width and sparsity together against StratNets of each alone and a
   fixed split (so many parts gone, such a share by uniform widths, the rest by uniform zeros), tuned
   on the search text for every budget, at three budgets;
@@ -19,7 +19,8 @@ Parts:
   (`benchmarks.shrink_latency`).
 
 ``python -m benchmarks.shrink [PART …] [--seeds 1] [--strategies 20]``; results go to
-``benchmarks/results/shrink-PART.json``.
+``benchmarks/results/shrink-PART.json``. What is measured again replaces its rows of qualities, and
+the others stay; every row says at which revision it was measured.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.common import save, table
+from benchmarks.common import RESULTS, provenance, save, table
 from benchmarks.shrink_latency import measure_latency
 from unicuco.allocate import AxisCurves
 from unicuco.allocate.depth import DEPTH_SCORES, DepthAllocator, DepthEvidence, WindowAllocator
@@ -237,11 +238,20 @@ def enumerated(judge: Judge) -> list[Strategy]:
 
 
 class Rows:
-    """What was measured, written as it comes."""
+    """What was measured, with what is known from before."""
 
-    def __init__(self, sparsities: Sequence[float]) -> None:
+    def __init__(self, name: str, sparsities: Sequence[float]) -> None:
+        self.name = f"shrink-{name}"
         self.sparsities = sparsities
         self.rows: list[dict[str, Any]] = []
+        path = RESULTS / f"{self.name}.json"
+        if path.exists():
+            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        self._revision = provenance()["revision"]
+
+    def save(self) -> None:
+        """Write all rows."""
+        save(self.name, {"rows": self.rows})
 
     def add(
         self, method: str, seed: int, test: LocalEvaluator, make: Callable[[], list[Strategy]]
@@ -250,12 +260,15 @@ class Rows:
         started = time.process_time()
         strategies = make()
         seconds = time.process_time() - started
+        own = (method, seed)
+        self.rows = [row for row in self.rows if (row["method"], row["seed"]) != own]
         for sparsity, strategy in zip(self.sparsities, strategies, strict=True):
             evaluation = test.evaluate(strategy)
             self.rows.append(
                 {
                     "method": method, "seed": seed, "asked": sparsity, "kl": evaluation.kl,
                     "sparsity": 1 - evaluation.kept_fraction, "cpu_seconds": seconds,
+                    "revision": self._revision,
                 }
             )  # fmt: skip
         shown = ", ".join(f"{row['kl']:.4f}" for row in self.rows[-len(self.sparsities) :])
@@ -394,6 +407,9 @@ def _settings(space: StrategySpace, chosen: dict[str, float]) -> Strategy:
     return space.decode(space.encode([raw]))[0]  # on the steps that there are
 
 
+QUALITY = {"depth": depth_methods, "width": width_methods, "modegpt": modegpt_methods}
+
+
 def measure_quality(
     name: str,
     seeds: int,
@@ -401,12 +417,12 @@ def measure_quality(
     sparsities: Sequence[float] = SPARSITIES,
 ) -> None:
     """Measure every method at every target."""
-    rows = Rows(sparsities)
+    rows = Rows(name, sparsities)
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as scratch:
             for measure in methods:
                 measure(rows, seed, Path(scratch))
-        save(f"shrink-{name}", {"rows": rows.rows})
+        rows.save()
     rows.show()
 
 
@@ -417,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help="speed, quality, latency (all if none), modegpt, mixed",
+        help=f"speed, quality, latency (all if none), {', '.join(QUALITY)}, mixed",
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--strategies", type=int, default=20, help="of the part latency")
@@ -426,11 +442,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = options.parts or ["speed", "quality", "latency"]
     if "speed" in parts:
         measure_speed()
-    if "quality" in parts:
-        every = (depth_methods, width_methods, modegpt_methods)
-        measure_quality("quality", options.seeds, every)
-    elif "modegpt" in parts:
-        measure_quality("modegpt", 1, (modegpt_methods,))
+    chosen = [part for name, part in QUALITY.items() if name in parts or "quality" in parts]
+    if chosen:
+        measure_quality("quality", options.seeds, chosen)
     if "mixed" in parts:
         measure_quality("mixed", options.seeds, (mixed_methods,), BUDGETS)
     for name in SHAPES if "latency" in parts else ():
