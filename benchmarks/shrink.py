@@ -18,9 +18,9 @@ Parts:
 - ``latency``: time per token of random strategies, predicted and measured, both relative to dense
   (`benchmarks.shrink_latency`).
 
-``python -m benchmarks.shrink [PART …] [--seeds 1] [--strategies 20]``; results go to
-``benchmarks/results/shrink-PART.json``. What is measured again replaces its rows of qualities, and
-the others stay; every row says at which revision it was measured.
+``python -m benchmarks.shrink [PART …] [--seeds 1] [--only METHOD] [--strategies 20]``; results go
+to ``benchmarks/results/shrink-PART.json``. What is measured again replaces its rows of qualities,
+and the others stay; every row says at which revision it was measured.
 """
 
 from __future__ import annotations
@@ -240,9 +240,10 @@ def enumerated(judge: Judge) -> list[Strategy]:
 class Rows:
     """What was measured, with what is known from before."""
 
-    def __init__(self, name: str, sparsities: Sequence[float]) -> None:
+    def __init__(self, name: str, sparsities: Sequence[float], only: str) -> None:
         self.name = f"shrink-{name}"
         self.sparsities = sparsities
+        self.only = only
         self.rows: list[dict[str, Any]] = []
         path = RESULTS / f"{self.name}.json"
         if path.exists():
@@ -256,7 +257,9 @@ class Rows:
     def add(
         self, method: str, seed: int, test: LocalEvaluator, make: Callable[[], list[Strategy]]
     ) -> None:
-        """Measure a method's strategy for every target on test text."""
+        """Measure a method's strategy for every target on test text, if it is wanted."""
+        if not method.startswith(self.only):
+            return
         started = time.process_time()
         strategies = make()
         seconds = time.process_time() - started
@@ -415,9 +418,11 @@ def measure_quality(
     seeds: int,
     methods: Sequence[Callable[..., None]],
     sparsities: Sequence[float] = SPARSITIES,
+    *,
+    only: str = "",
 ) -> None:
-    """Measure every method at every target."""
-    rows = Rows(name, sparsities)
+    """Measure every method at every target, or those alone whose names begin with ``only``."""
+    rows = Rows(name, sparsities, only)
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as scratch:
             for measure in methods:
@@ -436,6 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"speed, quality, latency (all if none), {', '.join(QUALITY)}, mixed",
     )
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="methods of qualities whose names begin so")
     parser.add_argument("--strategies", type=int, default=20, help="of the part latency")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -444,9 +450,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_speed()
     chosen = [part for name, part in QUALITY.items() if name in parts or "quality" in parts]
     if chosen:
-        measure_quality("quality", options.seeds, chosen)
+        measure_quality("quality", options.seeds, chosen, only=options.only)
     if "mixed" in parts:
-        measure_quality("mixed", options.seeds, (mixed_methods,), BUDGETS)
+        measure_quality("mixed", options.seeds, (mixed_methods,), BUDGETS, only=options.only)
     for name in SHAPES if "latency" in parts else ():
         config = AutoConfig.for_model("llama", **dense_fields(SHAPES[name]))
         measure_latency(name, config, options.strategies, LatencyOptions(threads=1))
