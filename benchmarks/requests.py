@@ -127,6 +127,7 @@ def describe(outcomes: dict[str, Outcome]) -> str:
             outcome.method,
             len(outcome.seconds),
             statistics.median(outcome.seconds),
+            statistics.median(outcome.cpu_s),
             *(outcome.total_s(n, learning=False) for n in _AT),
             *(outcome.total_s(n, learning=True) for n in _AT),
             statistics.median(outcome.kl.values()),
@@ -134,15 +135,16 @@ def describe(outcomes: dict[str, Outcome]) -> str:
         ]
         for outcome in outcomes.values()
     ]
-    header = ["method", "requests measured", "s per request, median"]
+    header = ["method", "requests measured", "s per request, median", "CPU s"]
     header += [f"s for {n}" for n in _AT] + [f"s for {n} with learning" for n in _AT]
     header += ["median KL of those judged", "peak MiB (imports)"]
     lines = [table(header, rows)]
     if "stratnet" in outcomes:
-        own = statistics.fmean(outcomes["stratnet"].seconds)
+        own, mean = outcomes["stratnet"], statistics.fmean
         lines += [
-            f"{name}: {statistics.fmean(outcome.seconds) / own:,.0f} times the run's seconds per"
-            " request, learning not counted"
+            f"{name}: {mean(outcome.seconds) / mean(own.seconds):,.0f} times the run's seconds per"
+            f" request, learning not counted, {mean(outcome.cpu_s) / mean(own.cpu_s):,.0f} times"
+            " its CPU seconds"
             for name, outcome in outcomes.items()
             if name != "stratnet"
         ]
