@@ -38,8 +38,8 @@ def test_what_was_not_measured_has_no_figure() -> None:
     )
     own, rival, ratio = text.splitlines()[2:]
     assert own == (
-        "| stratnet | 64 | 0.500 | 0.500 | 4.000 | 32.000 | 10.500 | 14.000 | 42.000 | 0.250 "
-        "| 3 (1) |"
+        "| stratnet | 64 | 0.500 | 0.500 | 0.500 | 4.000 | 32.000 | 10.500 | 14.000 | 42.000 "
+        "| 0.250 | 3 (1) |"
     )
     assert "| 100.000 | 800.000 | – | 100.000 | 800.000 | – |" in rival
     assert ratio.startswith("evopress: 200 times")
