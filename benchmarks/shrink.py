@@ -8,7 +8,7 @@ Parts:
 - ``quality``: KL on test text at 0.1 to 0.4 of the site weights removed from the reference model.
   Its own parts are ``depth``: StratNet of blocks and of parts against depth methods, which search
   anew for every request. EvoPress gets the units of a whole run for each; with blocks, all patterns
-  are enumerated too. ``width``: StratNet of width, of both, of width and low rank, against uniform.
+  are enumerated too. ``width``: StratNet of width, with depth, with low rank, against uniform.
   ``modegpt``: MoDeGPT's modules with its allocation or the same share everywhere, and one module
   alone (then shares are of that module), against plain slicing of as much and against our orders of
   channels and pairs;
