@@ -40,10 +40,10 @@ _HEADER: Final = "unicuco.ranks"
 _INT16_COLUMNS: Final = torch.iinfo(torch.int16).max
 # Sorting makes 64-bit indices: chunks of rows bound that to 64 MiB whatever the matrix.
 _SORT_CHUNK: Final = 1 << 22
-# Weights cut at a time: the mask then stays in the cache, and torch's calls cost nothing beside it
-# (measured best of 2^14 .. 2^21 and whole).
-_CUT_CHUNK: Final = 1 << 20
-_SERIAL_CHUNK: Final = 1 << 15  # up to so many elements torch works in the calling thread alone
+# Bytes of weights cut at a time: the mask then stays in the cache, and torch's calls cost nothing
+# beside it (measured best of 2^15 .. 2^22 and whole).
+_CUT_BYTES: Final = 1 << 22
+_SERIAL_WEIGHTS: Final = 1 << 15  # up to so many elements torch works in the calling thread alone
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -224,8 +224,8 @@ def cut(
         rank: ``o x i`` from the rank store, on the same device.
         num_dropped: in [0, o * i].
         rows: the site's offsets of a `RowRule`; none: rows drop equally.
-        out: where to write, of ``weight``'s shape and dtype; may be ``weight`` itself. Default: a
-            new tensor.
+        out: where to write, of ``weight``'s shape and any float dtype; may be ``weight`` itself.
+            Default: a new tensor of ``weight``'s dtype.
         parallel: whether torch's other threads may help. They spin when they have nothing to do,
             which costs more than they bring where somebody else needs the cores.
 
@@ -240,20 +240,52 @@ def cut(
     thresholds = row_thresholds(rank, num_dropped, rows)
     result = torch.empty_like(weight, requires_grad=False) if out is None else out
     bits = _BITS[weight.element_size()]
-    source, target = weight.detach().view(bits), result.detach().view(bits)
-    chunk = _CUT_CHUNK if parallel else _SERIAL_CHUNK
     height, width = weight.shape
+    chunk = _CUT_BYTES // weight.element_size() if parallel else _SERIAL_WEIGHTS
     step = height if weight.is_cuda else max(1, min(height, chunk // max(1, width)))
-    # One buffer for all chunks: fresh memory costs a page fault for every 4 KiB of it.
-    keep = rank.new_empty(step, width)
-    factor = keep if bits is rank.dtype else rank.new_empty(step, width, dtype=bits)
+    # Buffers serve all chunks: fresh memory costs a page fault for every 4 KiB of it.
+    keep = factor = None
+    if result.dtype is not weight.dtype or _share_memory(weight, result):
+        factor = rank.new_empty(step, width, dtype=bits)
+    if bits is not rank.dtype:
+        keep = rank.new_empty(step, width)
+    source, target = weight.detach(), result.detach()
+    if step >= height:  # slicing costs as much as cutting a small matrix
+        _cut_rows(source, rank, thresholds, target, keep, factor)
+        return result
     for start in range(0, height, step):
-        part, own = slice(start, start + step), slice(min(step, height - start))
-        torch.ge(rank[part], thresholds[part], out=keep[own])
-        if factor is not keep:
-            factor[own].copy_(keep[own])
-        torch.mul(source[part], factor[own], out=target[part])
+        part = slice(start, start + step)
+        _cut_rows(source[part], rank[part], thresholds[part], target[part], keep, factor)
     return result
+
+
+def _cut_rows(
+    weight: Tensor,
+    rank: Tensor,
+    thresholds: Tensor,
+    out: Tensor,
+    keep: Tensor | None,
+    factor: Tensor | None,
+) -> None:
+    """Cut some rows.
+
+    ``keep`` is room for their mask as wide as ranks, needed where weights are wider or narrower;
+    ``factor`` for one as wide as weights, needed where it can't be made in ``out``.
+    """
+    bits = _BITS[weight.element_size()]
+    factor = out.view(bits) if factor is None else factor[: len(weight)]
+    if keep is None:
+        torch.ge(rank, thresholds, out=factor)
+    else:
+        factor.copy_(torch.ge(rank, thresholds, out=keep[: len(weight)]))
+    if out.dtype is weight.dtype:
+        torch.mul(weight.view(bits), factor, out=out.view(bits))
+    else:
+        out.copy_(factor.mul_(weight.view(bits)).view(weight.dtype))
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _by_block(paths: Iterable[str]) -> list[list[str]]:

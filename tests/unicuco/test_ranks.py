@@ -108,12 +108,36 @@ def bits(tensor: Tensor) -> list[list[int]]:
     return whole
 
 
-def test_a_matrix_larger_than_one_chunk_is_cut_whole() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_matrix_larger_than_one_chunk_is_cut_whole(
+    dtype: torch.dtype, parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicuco.ranks._CUT_BYTES", 4096)
+    monkeypatch.setattr("unicuco.ranks._SERIAL_WEIGHTS", 1000)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(300, 1111, generator=generator)
-    rank = rank_rows(torch.rand(300, 1111, generator=generator))
-    n = 200_001
-    assert torch.equal(cut(weight, rank, n), weight.masked_fill(~keep_mask(rank, n), 0))
+    weight = torch.randn(301, 111, generator=generator).to(dtype)
+    rank = rank_rows(torch.rand(301, 111, generator=generator))
+    n = 20_001
+    expected = weight.masked_fill(~keep_mask(rank, n), 0)
+    assert torch.equal(cut(weight, rank, n, parallel=parallel), expected)
+    assert torch.equal(cut(weight, rank, n, out=weight, parallel=parallel), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+def test_a_cut_may_be_written_in_another_dtype(dtype: torch.dtype, other: torch.dtype) -> None:
+    weight = torch.randn(7, 30, generator=torch.Generator().manual_seed(3)).to(dtype)
+    rank, target = rank_rows(weight.float().abs()), torch.full((7, 30), 9, dtype=other)
+    assert torch.equal(cut(weight, rank, 100, out=target), cut(weight, rank, 100).to(other))
+
+
+def test_ranks_of_long_rows_cut_as_short_ones_do() -> None:
+    weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
+    rank = rank_rows(weight.abs())
+    for dtype in DTYPES:
+        narrow, wide = (cut(weight.to(dtype), r, 31) for r in (rank, rank.int()))
+        assert torch.equal(narrow, wide)
 
 
 def test_a_cut_does_not_spread_what_was_dropped() -> None:

@@ -76,6 +76,7 @@ class LocalEvaluator:
             raise RequestError("a model in shards is judged on Ray: give an address, or one shard")
         self._model = working_copy(config.model_config, state, config.device, dtype_of(config))
         sites = config.profile.sites
+        self._weights = {site.path: _weight(self._model, site) for site in sites}
         self._sites = SiteWeights(
             {site.path: state[f"{site.path}.weight"] for site in sites},
             {site.path: tensors[f"rank/{site.path}"] for site in sites},
@@ -212,7 +213,7 @@ class LocalEvaluator:
                         self._cut(site, drop, offsets)
                     if lost != self._lost[path]:
                         self._narrow_bias(site, lost)
-                    self._sites.quantise(site, own, _weight(self._model, site).data)
+                    self._sites.quantise(site, own, self._weights[site.path].data)
                 self._rows[path] = offsets
                 self._dropped[path] = drop
                 self._lost[path] = lost
@@ -231,7 +232,7 @@ class LocalEvaluator:
                 site = self._site(path)
                 bias = site_module(self._model, site).bias
                 lines = bias.data if isinstance(bias, nn.Parameter) else None
-                self._sites.reopen(site, part, less, _weight(self._model, site).data, lines)
+                self._sites.reopen(site, part, less, self._weights[site.path].data, lines)
         for p in shape.parts:
             for path in self._cost.parts[p].sites:
                 self._dropped[path] = _UNKNOWN
@@ -260,7 +261,7 @@ class LocalEvaluator:
 
     def _narrow(self, site: Site, less: Narrowing, num_zeroed: int) -> None:
         part = self._cost.parts[self._part_of[site.path]]
-        target = _weight(self._model, site).data
+        target = self._weights[site.path].data
         self._sites.narrow(site, part, less, num_zeroed, target)
 
     def _narrow_bias(self, site: Site, less: Narrowing) -> None:
@@ -270,7 +271,7 @@ class LocalEvaluator:
             self._sites.narrow_bias(site, part, less, bias.data)
 
     def _cut(self, site: Site, num_dropped: int, rows: Tensor | None) -> None:
-        self._sites.cut(site, num_dropped, _weight(self._model, site).data, rows=rows)
+        self._sites.cut(site, num_dropped, self._weights[site.path].data, rows=rows)
 
     def _run(self, ids: Tensor, derivatives: bool, *, first_window: int) -> list[float]:
         """Return every window's KL; with derivatives, leave gradients on the site weights.
@@ -278,7 +279,7 @@ class LocalEvaluator:
         ``first_window`` says where in the text the windows begin.
         """
         for site in self.config.profile.sites:
-            weight = _weight(self._model, site)
+            weight = self._weights[site.path]
             weight.requires_grad_(derivatives and site.path in self._sloped)
             weight.grad = None
         for factor in self._gates.values():
@@ -322,7 +323,7 @@ class LocalEvaluator:
         narrowed = dict(shape.narrowed)
         slopes = []
         for site, zeroed in zip(sites, shape.zeroed, strict=True):
-            p, gradient = self._part_of[site.path], _weight(self._model, site).grad
+            p, gradient = self._part_of[site.path], self._weights[site.path].grad
             if p in shape.parts:
                 slopes.append(0.0)
             elif p in narrowed:
@@ -337,7 +338,7 @@ class LocalEvaluator:
         part = self._cost.parts[p]
         position = self._position[part.sites[-1]]
         site = self.config.profile.sites[position]
-        matrix = torch.zeros_like(_weight(self._model, site).data)
+        matrix = torch.zeros_like(self._weights[site.path].data)
         less = dict(shape.narrowed).get(p, Narrowing())
         if less:
             self._sites.narrow(site, part, less, shape.zeroed[position], matrix)
@@ -349,7 +350,7 @@ class LocalEvaluator:
         """Return what the KL does as a part's last matrix changes."""
         part = self._cost.parts[p]
         site = self._site(part.sites[-1])
-        gradient = _weight(self._model, site).grad
+        gradient = self._weights[site.path].grad
         assert gradient is not None, "gradients follow a run with derivatives"
         change = self._last_matrix(p, new).float() - self._last_matrix(p, old)
         return Change(

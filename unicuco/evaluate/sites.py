@@ -25,7 +25,7 @@ class SiteWeights:
     """The sites of one evaluator.
 
     Args:
-        dense: site path -> the module's matrix, as it is stored.
+        dense: site path -> the module's matrix, as it is stored, of any float dtype.
         ranks: site path -> ``o x i`` drop order within each row.
         fisher: site path -> ``i`` sums over rows of F w^2 / 2 at each rank.
         sites: which.
@@ -67,13 +67,11 @@ class SiteWeights:
             target: the live module's matrix, as it is stored.
             rows: the site's offsets of a row rule; none: rows drop equally.
         """
-        out, dense = oriented(target, site), self._dense[site.path]
+        out, path = oriented(target, site), site.path
         if self._levels is not None:
             out.copy_(self._levels.materialise(site, num_dropped))
-        elif dense.dtype == out.dtype:
-            cut(dense, self._ranks[site.path], num_dropped, rows=rows, out=out)
-        else:  # weights may be kept in another precision than they are computed with
-            out.copy_(cut(dense, self._ranks[site.path], num_dropped, rows=rows))
+        else:
+            cut(self._dense[path], self._ranks[path], num_dropped, rows=rows, out=out)
 
     @torch.no_grad()
     def narrow(

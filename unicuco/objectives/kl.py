@@ -16,6 +16,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 _FULL_VOCABULARY: Final = 8192
 _TOP_K: Final = 1024
@@ -77,8 +78,7 @@ class DenseReference:
         """Return KL(dense‖pruned) in nats, ``t``, from ``t x v`` pruned logits; differentiable."""
         logits = logits.float()
         if self.indices is None:
-            # sum p (log p - z + lse z): the full log-softmax need not be stored.
-            cross = torch.logsumexp(logits, dim=-1) - (self.probabilities * logits).sum(-1)
+            cross = cross_entropy(logits, self.probabilities, reduction="none")
             return self.negative_entropy + cross
         log_q = torch.log_softmax(logits, dim=-1).gather(-1, self.indices.long())
         tail_q = _tail(log_q.exp())

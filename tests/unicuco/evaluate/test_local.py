@@ -16,7 +16,7 @@ from unicuco.calibration import token_windows
 from unicuco.dimensions import Granularity
 from unicuco.errors import EvaluationError, RunError
 from unicuco.evaluate import LocalEvaluator
-from unicuco.evaluate.arrays import pack_model
+from unicuco.evaluate.arrays import pack_model, state_of, unpack
 from unicuco.models import gate, load_tokenizer, read_site
 from unicuco.rows import RowRule
 from unicuco.search.drive import outcome_of
@@ -151,6 +151,19 @@ def test_a_configuration_travels_by_pickle_and_stays_small(case: EvaluationCase)
     assert pickle.loads(data) == case.config
     assert len(data) < 20_000
     assert json.loads(case.config.model_config)["model_type"] == "llama"
+
+
+def test_only_matrices_that_bfloat16_holds_are_kept_in_it() -> None:
+    exact, odd = torch.tensor([[0.5, -3.0]]), torch.tensor([[0.5, 1 / 3]])
+    packed = pack_model({"exact": exact, "odd": odd, "bias": exact[0]}, {}, {})
+    state = state_of(unpack(packed))
+    assert {name: tensor.dtype for name, tensor in state.items()} == {
+        "exact": torch.bfloat16,
+        "odd": torch.float32,
+        "bias": torch.float32,
+    }
+    assert torch.equal(state["exact"].float(), exact)
+    assert torch.equal(state["odd"], odd)
 
 
 @pytest.mark.parametrize("tied", [True, False])
