@@ -1,8 +1,10 @@
 """What an evaluation costs beside the forward pass, and against a straightforward loop.
 
 - ``outside``: the share of an evaluation's time that is no forward pass: cutting and the KL;
-- ``products``: the time that the model's matrix products take alone, at its own shapes, as a share
-  of the forward pass: 1 would be a pass at the machine's measured peak;
+- ``rate``: matrix products inside the forward pass, relative to this machine's measured peak: the
+  same products alone, at the model's own shapes, over and over;
+- ``products``: the time that they take alone as a share of the whole forward pass; the rest of it
+  is mostly attention;
 - ``loop``: an evaluation against copying the model, pruning it by sorting, and running the same
   tokens; dense predictions are cached for both; ``largest_gap`` is the largest relative difference
   of the two KL.
@@ -25,12 +27,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.common import Bench, save, table
 from benchmarks.speed import median_s
 from unicuco.calibration import collect_input_norms
 from unicuco.importance.wanda import wanda_scores
-from unicuco.models import read_site
+from unicuco.models import read_site, site_module
 from unicuco.types import Strategy
 
 _SPARSITY = 0.6
@@ -94,34 +97,74 @@ def product_seconds(bench: Bench, repeats: int) -> float:
     return total * len(ids)
 
 
+@torch.no_grad()
+def run(model: PreTrainedModel, ids: Tensor) -> None:
+    """Run every window through a model."""
+    for window in ids.split(1):
+        model(input_ids=window, use_cache=False)
+
+
+class Products:
+    """Times the matrix products of the sites and the head inside forward passes."""
+
+    def __init__(self, bench: Bench, model: PreTrainedModel) -> None:
+        self.seconds = self._started = 0.0
+        head = model.get_output_embeddings()
+        sites = [site_module(model, site) for site in bench.prepared.loaded.profile.sites]
+        self._hooks = [
+            hook
+            for module in [*sites, head]
+            for hook in (
+                module.register_forward_pre_hook(self._start),
+                module.register_forward_hook(self._stop),
+            )
+        ]
+
+    def __enter__(self) -> Products:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _start(self, *_: object) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
 def measure(model: str, tokens: int, repeats: int) -> dict[str, float | str]:
     """Measure all at one number of tokens."""
     bench = Bench(model, tokens=tokens, test_tokens=512)
     ids = bench.prepared.texts.search.ids
     judge, loop = bench.search_judge, Loop(bench)
-    asked = strategies(bench, repeats + 1)
-    judge.evaluate(asked[-1])
-    whole, forward, straight, gaps = [], [], [], []
-    for strategy in asked[:-1]:
+    asked = strategies(bench, 2 * repeats)
+    whole, forward, straight, gaps, inside = [], [], [], [], []
+    for before, strategy in zip(asked[::2], asked[1::2], strict=True):
+        judge.evaluate(before)  # searches evaluate one after the other; the loop clears the caches
         started = time.perf_counter()
         kl = judge.evaluate(strategy).kl
         whole.append(time.perf_counter() - started)
         cut = judge.model_at(strategy)
         started = time.perf_counter()
-        with torch.no_grad():
-            for window in ids.split(1):
-                cut(input_ids=window, use_cache=False)
+        run(cut, ids)
         forward.append(time.perf_counter() - started)
+        with Products(bench, cut) as products:
+            run(cut, ids)
+        inside.append(products.seconds)
         started = time.perf_counter()
         expected = loop.evaluate(strategy)
         straight.append(time.perf_counter() - started)
         gaps.append(abs(kl - expected) / expected)
     own, passes = statistics.median(whole), statistics.median(forward)
+    alone = product_seconds(bench, 10 * repeats)
     return {
         "tokens": ids.numel(),
         "evaluation_s": own,
         "outside": 1 - statistics.median(f / w for f, w in zip(forward, whole, strict=True)),
-        "products": product_seconds(bench, 10 * repeats) / passes,
+        "rate": alone / statistics.median(inside),
+        "products": alone / passes,
         "loop": statistics.median(s / w for s, w in zip(straight, whole, strict=True)),
         "largest_gap": f"{max(gaps):.1e}",
     }

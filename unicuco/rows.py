@@ -110,6 +110,17 @@ class RowRule:
         return rule
 
 
+def equal_counts(num_rows: int, num_columns: int, num_dropped: int) -> tuple[int, int]:
+    """Return q, r: every one of the ``o`` rows drops q weights, and the first r one more.
+
+    Raises:
+        ValueError: ``num_dropped`` is negative or more than the matrix holds.
+    """
+    if not 0 <= num_dropped <= num_rows * num_columns:
+        raise ValueError(f"num_dropped must be in [0, {num_rows * num_columns}], got {num_dropped}")
+    return divmod(num_dropped, num_rows)
+
+
 def row_counts(
     num_rows: int, num_columns: int, num_dropped: int, offsets: Tensor | None = None
 ) -> Tensor:
@@ -129,10 +140,8 @@ def row_counts(
         ValueError: ``num_dropped`` is negative or more than the matrix holds, or the offsets are of
             another matrix.
     """
-    if not 0 <= num_dropped <= num_rows * num_columns:
-        raise ValueError(f"num_dropped must be in [0, {num_rows * num_columns}], got {num_dropped}")
+    q, r = equal_counts(num_rows, num_columns, num_dropped)
     if offsets is None:
-        q, r = divmod(num_dropped, num_rows)
         counts = torch.full((num_rows,), q, dtype=torch.int64)
         counts[:r] += 1
         return counts
