@@ -4,7 +4,8 @@
   shapes) into a buffer, against the time in which this thread copies as many bytes as cutting reads
   (weights and ranks) and writes;
 - ``disk``: writing a variant of such a model against a copy of its file that is hashed, synced and
-  renamed as variants are;
+  renamed as variants are; and by how much the process' memory rises above what it had before, base
+  and ranks included;
 - ``ranks``: bytes per weight of the rank store, and building it against one Wanda calibration;
 - ``plans``: 64 requests of all kinds, 16 of them ``max_kl``, with intervals, at 56 and 224 axes.
 
@@ -111,9 +112,11 @@ def measure_disk(hidden: int, blocks: int, repeats: int) -> dict[str, float]:
                 overwrite=True,
             )
 
+        rise = _rise(write)
         writes, copies = _interleaved([write, lambda: _careful_copy(source)], repeats)
         return {
             "file_mb": source.stat().st_size / 1e6,
+            "write_rise_mb": rise / 1e6,
             "write_s": writes,
             "copy_s": copies,
             "write_over_copy": writes / copies,
@@ -195,6 +198,19 @@ def _interleaved(works: Sequence[Callable[[], object]], repeats: int) -> list[fl
             if number:  # the first round warms up
                 own.append(time.perf_counter() - started)
     return [statistics.median(own) for own in times]
+
+
+def _rise(work: Callable[[], object]) -> int:
+    """Return by how many bytes resident memory rises at most while something is done."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak
+    before = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def _careful_copy(source: Path) -> None:

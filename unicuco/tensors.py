@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, mapped where they lie.
+"""Tensors of safetensors files, mapped where they lie; named tensors, by their names' beginnings.
 
 The format's own library maps a file for writing, though nobody ever writes. The whole file then
 counts as this process' private memory: against its limits, and where the system promises no more
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -80,3 +81,12 @@ def _view(mapped: mmap.mmap, header: FileHeader, entry: TensorEntry) -> Tensor:
         return torch.empty(entry.shape, dtype=kind)
     offset = header.data_offset + entry.begin
     return torch.frombuffer(mapped, dtype=kind, count=count, offset=offset).view(entry.shape)
+
+
+def named_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

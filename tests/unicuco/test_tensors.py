@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unicuco.headers import read_header, read_metadata
-from unicuco.tensors import TYPES, map_tensors
+from unicuco.tensors import TYPES, map_tensors, named_under
 
 
 def one_of_each_type() -> dict[str, Tensor]:
@@ -60,3 +60,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="cut short"):
         map_tensors(path)
+
+
+def test_named_tensors_are_found_by_how_their_names_begin() -> None:
+    tensors = {name: torch.tensor(k) for k, name in enumerate(("a/b/c", "a/d", "b/c"))}
+    assert named_under("a/", tensors) == {"b/c": tensors["a/b/c"], "d": tensors["a/d"]}

@@ -32,6 +32,7 @@ from unicuco.importance.hessian import collect_hessians
 from unicuco.importance.modegpt import damped, pair_order, stillness, value_bases
 from unicuco.models import read_site, site_module
 from unicuco.space import Narrowing
+from unicuco.tensors import named_under
 from unicuco.types import ModelProfile, Part, Site
 
 if TYPE_CHECKING:
@@ -158,11 +159,8 @@ class UnitStore:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> UnitStore:
         """Take named tensors; others among them are left alone."""
-
-        def of(kind: str) -> dict[str, Tensor]:
-            return {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
-
-        return cls(of("order/"), of("moments/"), of("pairs/"), of("bases/"))
+        kinds = ("order/", "moments/", "pairs/", "bases/")
+        return cls(*(named_under(kind, tensors) for kind in kinds))
 
 
 def build_units(loaded: LoadedModel, tokens: TokenSet, *, inside_heads: bool = False) -> UnitStore:

@@ -236,7 +236,7 @@ class Run:
         return Planner(
             space=space,
             allocator=StratNetAllocator(net, space),
-            forecast=self._forecast(),
+            forecast=self.forecast(),
             sparsity_range=self.sparsity_range,
             tasks=self.tasks,
             latency=None if self.latency is None else self.latency.model,
@@ -247,7 +247,8 @@ class Run:
         """The tasks that requests may weigh; none where the run has one text."""
         return tuple(self.manifest["options"].get("tasks", ()))
 
-    def _forecast(self) -> Forecast:
+    def forecast(self) -> Forecast:
+        """Return the run's surrogate with its calibration."""
         options = SurrogateOptions(curves=self.manifest["options"]["preset"] == "default")
         state = load_tensors(self.folder / "surrogate.safetensors")
         intervals = self.manifest["intervals"]

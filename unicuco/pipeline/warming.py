@@ -13,8 +13,9 @@ from unicuco.errors import RequestError
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions
 from unicuco.pipeline.run import Run
-from unicuco.search.transfer import Guide, carried_over
+from unicuco.search.transfer import Guide, carried_over, make_prior
 from unicuco.space import StrategySpace
+from unicuco.surrogate import TextForecast
 from unicuco.types import Plan, Request, ServedAs, Target
 
 GUIDE: Final = "guide.safetensors"
@@ -34,11 +35,11 @@ def make_guide(options: LearnOptions, space: StrategySpace) -> Guide:
     """
     kept = options.out / GUIDE
     if not (options.resume and kept.is_file()):
-        save_tensors(kept, _answers(Run.open(options.warm_from), space))
-    return Guide(**load_tensors(kept))
+        save_tensors(kept, _guide(Run.open(options.warm_from), space).state())
+    return Guide.restore(load_tensors(kept))
 
 
-def _answers(run: Run, space: StrategySpace) -> dict[str, torch.Tensor]:
+def _guide(run: Run, space: StrategySpace) -> Guide:
     planner = run.planner
     if planner.space.cost.served_as is not ServedAs.MASK or run.tasks:
         raise RequestError(
@@ -49,4 +50,7 @@ def _answers(run: Run, space: StrategySpace) -> dict[str, torch.Tensor]:
     asked = [Request(target=Target.SPARSITY, value=value) for value in sparsities.tolist()]
     strategies = [plan.strategy for plan in run.plan(asked) if isinstance(plan, Plan)]
     points = carried_over(planner.space, space, planner.space.encode(strategies))
-    return {"sparsities": sparsities, "points": points}
+    forecast = run.forecast()
+    assert isinstance(forecast, TextForecast), "runs of several tasks were refused"
+    prior = make_prior(planner.space, space, forecast.surrogate)
+    return Guide(sparsities=sparsities, points=points, prior=prior)

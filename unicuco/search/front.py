@@ -147,7 +147,9 @@ def learn_front(
         return _learn_tasks(config, evaluations, seed=seed)
     space = config.space()
     surrogate = GaussianProcess(
-        config.surrogate, config.axis_curves() if config.surrogate.curves else None
+        config.surrogate,
+        config.axis_curves() if config.surrogate.curves else None,
+        None if config.guide is None else config.guide.prior,
     )
     surrogate.fit(observe(space, evaluations))
     net = StratNet(NetKind.SIZE, space.num_axes, seed=seed, hidden=config.training.hidden)

@@ -12,7 +12,7 @@ all answers are measured on the model itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,16 +21,42 @@ from torch import Tensor
 
 from unicuco.errors import RequestError
 from unicuco.space import StrategySpace
+from unicuco.surrogate import GaussianProcess, Prior
+from unicuco.tensors import named_under
 
+_PRIOR: Final = "prior/"
 _BLOCK: Final = re.compile(r"\.(\d+)(?=\.|$)")  # the first number of a name is its block's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guide:
-    """Answers to start from: ``points`` are ``k x d`` unit points for ``k`` rising sparsities."""
+    """What another run says of a model.
+
+    Attributes:
+        sparsities: ``k`` rising ones.
+        points: ``k x d`` unit points, its answers to them.
+        prior: what its surrogate says; or none, where that has no curves.
+    """
 
     sparsities: Tensor
     points: Tensor
+    prior: Prior | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return it as named tensors; `restore` reads them."""
+        prior = {} if self.prior is None else self.prior.state()
+        named = {_PRIOR + name: tensor for name, tensor in prior.items()}
+        return {"sparsities": self.sparsities, "points": self.points, **named}
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Tensor]) -> Guide:
+        """Rebuild a guide from `state`."""
+        prior = named_under(_PRIOR, state)
+        return cls(
+            sparsities=state["sparsities"],
+            points=state["points"],
+            prior=Prior.restore(prior) if prior else None,
+        )
 
     def at(self, sparsities: Sequence[float]) -> Tensor:
         """Return the ``n x d`` points for sparsities, linear in between, the ends beyond."""
@@ -61,6 +87,27 @@ def carried_over(source: StrategySpace, target: StrategySpace, points: Tensor) -
         at = torch.tensor([(block + 0.5) / depth * old_depth - 0.5], dtype=torch.float64)
         columns.append(_interpolated(blocks, values, at)[0])
     return torch.stack(columns, dim=1)
+
+
+def make_prior(
+    source: StrategySpace, target: StrategySpace, surrogate: GaussianProcess
+) -> Prior | None:
+    """Return what a fitted surrogate says of a model with another space; none without curves.
+
+    Raises:
+        RequestError: one of the spaces has axes of a kind that the other has not.
+    """
+    mean, d = surrogate.mean_, source.num_axes
+    if mean is None:
+        return None
+    by_axis, others = mean.parameters.tensor_split([2 * d])
+    by_axis = carried_over(source, target, by_axis.reshape(2, d))
+    unit = torch.eye(target.num_axes, dtype=torch.float64)
+    return Prior(
+        other=surrogate.state(),
+        places=carried_over(target, source, unit),
+        centre=torch.cat([by_axis.flatten(), others]),
+    )
 
 
 def _kind_and_block(name: str) -> tuple[str, int]:

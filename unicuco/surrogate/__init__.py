@@ -5,6 +5,7 @@ from __future__ import annotations
 from unicuco.surrogate.gp import GaussianProcess, Observations, SurrogateOptions
 from unicuco.surrogate.intervals import Intervals, Measured
 from unicuco.surrogate.mean import EPSILON, CurveMean
+from unicuco.surrogate.prior import Prior
 from unicuco.surrogate.tasks import (
     Forecast,
     Surrogate,
@@ -21,6 +22,7 @@ __all__ = [
     "Intervals",
     "Measured",
     "Observations",
+    "Prior",
     "Surrogate",
     "SurrogateOptions",
     "TaskForecast",

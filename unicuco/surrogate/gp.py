@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -38,7 +38,9 @@ from torch import Tensor
 from unicuco.allocate.curves import AxisCurves
 from unicuco.errors import SurrogateError
 from unicuco.surrogate.kernel import DirectionalMatern, as_rows
-from unicuco.surrogate.mean import EPSILON, CurveMean
+from unicuco.surrogate.mean import EPSILON, CurveMean, Known
+from unicuco.surrogate.prior import Prior
+from unicuco.tensors import named_under
 
 _LOG = logging.getLogger(__name__)
 # Of the noise of a derivative, as a share of the evaluation's typical one.
@@ -120,6 +122,14 @@ class Observations:
             points=self.points[last], values=self.values[last], derivatives=self.derivatives[last]
         )
 
+    def less(self, share: float, other: Observations) -> Observations:
+        """Return what is left when a share of what others say of the same points is taken off."""
+        return replace(
+            self,
+            values=self.values - share * other.values,
+            derivatives=self.derivatives - share * other.derivatives,
+        )
+
     def every(self, stride: int, start: int) -> Observations:
         """Return every ``stride``-th of them."""
         part = slice(start, None, stride)
@@ -144,13 +154,21 @@ class GaussianProcess:
     Args:
         options: how it is built.
         curves: the axis curves, needed when ``options.curves``.
+        prior: what another run's surrogate says of the model; or none.
     """
 
-    def __init__(self, options: SurrogateOptions, curves: AxisCurves | None = None) -> None:
+    def __init__(
+        self,
+        options: SurrogateOptions,
+        curves: AxisCurves | None = None,
+        prior: Prior | None = None,
+    ) -> None:
         if options.curves and curves is None:
             raise ValueError("a mean of curves needs the curves")
         self.options = options
         self.curves = curves
+        self.prior = prior
+        self._other = None if prior is None else GaussianProcess.restore(options, prior.other)
         self.mean_: CurveMean | None = None
         self._constant = 0.0
         self._model: _Process | None = None
@@ -167,7 +185,10 @@ class GaussianProcess:
             )
         options = self.options
         use_derivatives = options.directions > 0 and bool(observations.measured.any())
-        self._fit_mean(observations.newest(_MAX_MEAN), use_derivatives)
+        known = self._known(observations.points)
+        self._fit_mean(observations, known, use_derivatives)
+        if known is not None:
+            observations = observations.less(self._trust, known)
         most = options.directions if use_derivatives else 0
         known, many = _within(observations, options.rows, most and observations.points.shape[1])
         tuning, few = _turns(known, options.tuning_rows, most)
@@ -197,8 +218,15 @@ class GaussianProcess:
         """
         if self._model is None:
             raise SurrogateError("the surrogate has not been fitted")
-        mean, std = self._model.predict(points.double())
-        return mean + self._mean_values(points.double()), std
+        points = points.double()
+        mean, std = self._model.predict(points)
+        return self._mean_values(points) + self._trust * self._other_values(points) + mean, std
+
+    def beyond_mean(self, points: Tensor) -> Tensor:
+        """Return ``q``: how far `posterior` is from the mean function; differentiable."""
+        if self._model is None:
+            raise SurrogateError("the surrogate has not been fitted")
+        return self._model.predict_mean(points) + self._trust * self._other_values(points)
 
     def deviation_scale(self) -> float:
         """Return what makes the deviation fit its leave-one-out errors best, as a factor.
@@ -226,22 +254,21 @@ class GaussianProcess:
         tensors["constant"] = torch.tensor(self._constant, dtype=torch.float64)
         if self.mean_ is not None:
             tensors |= {f"mean/{name}": value for name, value in self.mean_.state().items()}
+        if self.prior is not None:
+            tensors |= {f"prior/{name}": value for name, value in self.prior.state().items()}
         return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
 
     @classmethod
     def restore(cls, options: SurrogateOptions, state: Mapping[str, Tensor]) -> GaussianProcess:
         """Rebuild a fitted surrogate from `state`, without fitting."""
-        mean = {
-            name.removeprefix("mean/"): value
-            for name, value in state.items()
-            if name.startswith("mean/")
-        }
-        process = {
-            n.removeprefix("process/"): value
-            for n, value in state.items()
-            if n.startswith("process/")
-        }
-        surrogate = cls(options, AxisCurves(mean["curves"]) if mean else None)
+        mean, process, prior = (
+            named_under(part, state) for part in ("mean/", "process/", "prior/")
+        )
+        surrogate = cls(
+            options,
+            AxisCurves(mean["curves"]) if mean else None,
+            Prior.restore(prior) if prior else None,
+        )
         surrogate.mean_ = CurveMean.restore(mean) if mean else None
         surrogate._constant = float(state["constant"])
         model = _Process(_Rows(state["rows"], state["targets"], state["noise"]))
@@ -250,19 +277,49 @@ class GaussianProcess:
         surrogate._model = model
         return surrogate
 
-    def _fit_mean(self, observations: Observations, use_derivatives: bool) -> None:
+    def _fit_mean(
+        self, observations: Observations, known: Observations | None, use_derivatives: bool
+    ) -> None:
+        observations = observations.newest(_MAX_MEAN)
         self._constant = float(observations.values.mean())
         if self.curves is None or not self.options.curves:
             return
         measured = observations.measured
         derivatives = observations.derivatives[measured] if use_derivatives else None
+        before = None
+        if self.prior is not None and known is not None:
+            known = known.newest(_MAX_MEAN)
+            before = Known(
+                centre=self.prior.centre,
+                values=known.values,
+                derivatives=known.derivatives[measured],
+            )
         self.mean_ = CurveMean.fit(
             self.curves,
             observations.points,
             observations.values,
             derivatives,
             observations.points[measured],
+            before,
         )
+
+    def _known(self, points: Tensor) -> Observations | None:
+        """Return what another run's process says at points, and how that changes."""
+        if self.prior is None:
+            return None
+        leaf = points.detach().requires_grad_()
+        values = self._other_values(leaf)
+        (derivatives,) = torch.autograd.grad(values.sum(), leaf)
+        return Observations(points=points, values=values.detach(), derivatives=derivatives)
+
+    def _other_values(self, points: Tensor) -> Tensor:
+        if self.prior is None or self._other is None:
+            return points.new_zeros(len(points))
+        return self._other.beyond_mean(points @ self.prior.places)
+
+    @property
+    def _trust(self) -> float:
+        return 0.0 if self.mean_ is None else self.mean_.trust
 
     def _mean_values(self, points: Tensor) -> Tensor:
         if self.mean_ is None:
@@ -422,6 +479,11 @@ class _Process(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch is un
         explained = torch.linalg.solve_triangular(factor, cross.mT, upper=False)
         variance = self._scale - explained.square().sum(0)
         return cross @ weights, variance.clamp(min=1e-12).sqrt()
+
+    def predict_mean(self, points: Tensor) -> Tensor:
+        """Return the first of what `predict` does, for a fraction of its cost."""
+        _, weights = self._solved
+        return self._scale * self._base.value_rows(points, self.train_inputs[0]) @ weights
 
     def left_out(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return, per value row, its error and variance without its evaluation, and its noise.

@@ -3,16 +3,16 @@
     m(u) = c + beta log(eps + sum_i exp(a_i + b_i (u_i - 1/2)) E_i(u_i))
 
 E_i are the axis curves. With a = b = c = 0 and beta = 1 this is the Fisher prediction; the
-parameters are fitted to measured values and derivatives under Gaussian priors around that (a
-maximum a posteriori estimate by L-BFGS). Every derivative along every axis enters here, where it
-costs nothing; the Gaussian process then only has to explain what is left over: how axes act
-together.
+parameters are fitted to measured values and derivatives under Gaussian priors around that, or
+around what another run found (a maximum a posteriori estimate by L-BFGS). Every derivative along
+every axis enters here, where it costs nothing; the Gaussian process then only has to explain what
+is left over: how axes act together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -26,6 +26,8 @@ _PRIOR_SCALE: Final = 0.7
 _PRIOR_TILT: Final = 0.7
 _PRIOR_POWER: Final = 0.5
 _PRIOR_OFFSET: Final = 0.5
+_GUIDED: Final = 0.5  # of these, around what another run learned of its model
+_PRIOR_TRUST: Final = 0.5  # around 1
 _VALUE_NOISE: Final = 0.02  # log KL
 # Of the root mean square derivative of the same evaluation. Large, since what the sum of curves
 # gets wrong it gets wrong for many derivatives at once, and they would outvote the values.
@@ -43,6 +45,7 @@ class CurveMean:
         tilts: ``d`` tilts b.
         power: beta.
         offset: c.
+        trust: what another run's process is multiplied by (`Known`); 0 where there is none.
     """
 
     curves: AxisCurves
@@ -50,6 +53,7 @@ class CurveMean:
     tilts: Tensor
     power: Tensor
     offset: Tensor
+    trust: float = 0.0
 
     @classmethod
     def prior(cls, curves: AxisCurves) -> CurveMean:
@@ -73,6 +77,7 @@ class CurveMean:
         values: Tensor,
         derivatives: Tensor | None = None,
         derivative_points: Tensor | None = None,
+        known: Known | None = None,
     ) -> CurveMean:
         """Fit the parameters.
 
@@ -82,9 +87,11 @@ class CurveMean:
             values: ``n`` log (KL + EPSILON).
             derivatives: ``k x d`` derivatives of the values, or none; NaN where there is none.
             derivative_points: ``k x d`` unit points where they were measured.
+            known: what another run knows; none: the prior is around the Fisher prediction.
         """
         d = len(curves.table)
-        theta = torch.zeros(2 * d + 2, dtype=torch.float64, requires_grad=True)
+        prior = _Prior.of(d, known)
+        theta = prior.centre.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
             [theta], max_iter=80, history_size=20, line_search_fn="strong_wolfe"
         )
@@ -102,16 +109,22 @@ class CurveMean:
         def loss() -> Tensor:
             optimizer.zero_grad()
             mean = cls._from_vector(curves, theta)
-            total = _log_prior(theta, d)
-            total = total + ((values - mean._values(points, costs)) / _VALUE_NOISE).square().sum()
+            total = ((theta - prior.centre) / prior.deviations).square().sum()
+            left = values - mean._values(points, costs)
+            if known is not None:
+                left = left - theta[-1] * known.values
+            total = total + (left / _VALUE_NOISE).square().sum()
             if derivatives is not None and noise is not None:
-                left = (derivatives - mean._gradients(there, there_costs, there_slopes)) / noise
-                total = total + left.nan_to_num(0.0).square().sum()
+                left = derivatives - mean._gradients(there, there_costs, there_slopes)
+                if known is not None:
+                    left = left - theta[-1] * known.derivatives
+                total = total + (left / noise).nan_to_num(0.0).square().sum()
             total.backward()
             return total
 
         optimizer.step(loss)
-        return cls._from_vector(curves, theta.detach())
+        found = cls._from_vector(curves, theta.detach())
+        return found if known is None else replace(found, trust=float(theta.detach()[-1]))
 
     def state(self) -> dict[str, Tensor]:
         """Return the parameters and curves as named tensors; `restore` reads them."""
@@ -121,7 +134,8 @@ class CurveMean:
             "power": self.power,
             "offset": self.offset,
         }
-        return {**named, "curves": self.curves.table}
+        trust = torch.tensor(self.trust, dtype=torch.float64)
+        return {**named, "curves": self.curves.table, "trust": trust}
 
     @classmethod
     def restore(cls, state: Mapping[str, Tensor]) -> CurveMean:
@@ -132,7 +146,13 @@ class CurveMean:
             tilts=state["tilts"],
             power=state["power"],
             offset=state["offset"],
+            trust=float(state.get("trust", 0.0)),  # runs of before have none
         )
+
+    @property
+    def parameters(self) -> Tensor:
+        """``2 d + 2``: a, b, beta - 1 and c; all are 0 at the Fisher prediction."""
+        return torch.cat([self.scales, self.tilts, torch.stack([self.power - 1.0, self.offset])])
 
     @classmethod
     def _from_vector(cls, curves: AxisCurves, theta: Tensor) -> CurveMean:
@@ -167,10 +187,38 @@ class CurveMean:
         return torch.exp(self.scales + self.tilts * (points - 0.5))
 
 
-def _log_prior(theta: Tensor, d: int) -> Tensor:
-    return (
-        (theta[:d] / _PRIOR_SCALE).square().sum()
-        + (theta[d : 2 * d] / _PRIOR_TILT).square().sum()
-        + (theta[2 * d] / _PRIOR_POWER).square()
-        + (theta[2 * d + 1] / _PRIOR_OFFSET).square()
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What another run knows of a model.
+
+    Attributes:
+        centre: ``2 d + 2`` `parameters` of its mean function, carried over.
+        values: ``n``, what its process adds to its mean function at the points of a fit.
+        derivatives: ``k x d``, how that changes where derivatives were measured.
+    """
+
+    centre: Tensor
+    values: Tensor
+    derivatives: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prior:
+    """Independent Gaussians over the ``2 d + 2`` parameters, and trust where another run knows."""
+
+    centre: Tensor
+    deviations: Tensor
+
+    @classmethod
+    def of(cls, d: int, known: Known | None) -> _Prior:
+        deviations = torch.tensor(
+            [_PRIOR_SCALE] * d + [_PRIOR_TILT] * d + [_PRIOR_POWER, _PRIOR_OFFSET],
+            dtype=torch.float64,
+        )
+        if known is None:
+            return cls(torch.zeros_like(deviations), deviations)
+        trust = torch.tensor([_PRIOR_TRUST], dtype=torch.float64)
+        return cls(
+            torch.cat([known.centre, torch.ones_like(trust)]),
+            torch.cat([_GUIDED * deviations, trust]),
+        )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unicuco.surrogate.gp import GaussianProcess, SurrogateOptions
 from unicuco.surrogate.intervals import Intervals, predictions
+from unicuco.tensors import named_under
 from unicuco.types import Prediction
 
 
@@ -68,8 +69,7 @@ class TaskSurrogates:
         """Rebuild from `state`, without fitting."""
         processes = {}
         for number, task in enumerate(tasks):
-            prefix = f"task{number}/"
-            own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            own = named_under(f"task{number}/", state)
             processes[task] = GaussianProcess.restore(options, own)
         return cls(processes)
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from unicuco.allocate import AxisCurves
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import RequestError
 from unicuco.search import build_search
-from unicuco.search.transfer import Guide, carried_over
+from unicuco.search.transfer import Guide, carried_over, make_prior
 from unicuco.space import StrategySpace
+from unicuco.surrogate import GaussianProcess, Observations, SurrogateOptions
 from unicuco.testing.coupled import CoupledResponse
 from unicuco.testing.profiles import make_profile
 
@@ -73,3 +75,44 @@ def test_a_guided_search_asks_the_guide_s_answers_first() -> None:
         sparsity = 1 - cost.kept_params(strategy.values) / cost.total_params
         nearest = guide.at([sparsity])
         assert (response.space.encode([strategy]) - nearest).abs().max() < 0.15
+
+
+def surrogate_of(space: StrategySpace, seed: int) -> GaussianProcess:
+    d = space.num_axes
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(d, 1, generator=generator, dtype=torch.float64)
+    curves = AxisCurves(weights * torch.linspace(0, 1, 65, dtype=torch.float64).square())
+    surrogate = GaussianProcess(SurrogateOptions(), curves)
+    leaf = torch.rand(6, d, generator=generator, dtype=torch.float64, requires_grad=True)
+    kl = curves.values(leaf).sum(1) * (1 + leaf[:, 0] * leaf[:, -1])
+    (gradient,) = torch.autograd.grad(kl.sum(), leaf)
+    span = torch.ones(d, dtype=torch.float64)
+    surrogate.fit(
+        Observations.from_measurements(leaf.detach(), kl.detach(), gradient.tolist(), span)
+    )
+    return surrogate
+
+
+def test_a_surrogate_of_a_shallower_model_is_read_at_the_same_relative_place() -> None:
+    shallow, deep = space_of(2), space_of(4)
+    surrogate = surrogate_of(shallow, 0)
+    prior = make_prior(shallow, deep, surrogate)
+    assert prior is not None
+    points = torch.rand(3, deep.num_axes, dtype=torch.float64)
+    assert torch.allclose(points @ prior.places, carried_over(deep, shallow, points))
+    assert surrogate.mean_ is not None
+    scales = carried_over(shallow, deep, surrogate.mean_.scales[None])[0]
+    assert torch.equal(prior.centre[: deep.num_axes], scales)
+
+
+def test_a_guide_comes_back_from_its_tensors() -> None:
+    space = space_of(2)
+    guide = Guide(
+        sparsities=torch.tensor([0.2, 0.6], dtype=torch.float64),
+        points=torch.rand(2, 4, dtype=torch.float64),
+        prior=make_prior(space, space, surrogate_of(space, 1)),
+    )
+    again = Guide.restore(guide.state())
+    assert again.state().keys() == guide.state().keys()
+    assert all(torch.equal(again.state()[name], tensor) for name, tensor in guide.state().items())
+    assert Guide.restore(replace(guide, prior=None).state()).prior is None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unicuco.allocate import AxisCurves
 from unicuco.errors import SurrogateError
-from unicuco.surrogate import EPSILON, GaussianProcess, Observations, SurrogateOptions
+from unicuco.surrogate import EPSILON, GaussianProcess, Observations, Prior, SurrogateOptions
 from unicuco.surrogate.gp import _Process, _Rows
 
 D = 5
@@ -367,3 +367,51 @@ def test_derivatives_along_some_axes_alone_help_along_these() -> None:
     process = make(use_curves=True, directions=4)
     process.fit(partly)
     assert bool(torch.isfinite(process.posterior(points.points)[0]).all())
+
+
+def prior_of(other: GaussianProcess) -> Prior:
+    assert other.mean_ is not None
+    places = torch.eye(D, dtype=torch.float64)
+    return Prior(other=other.state(), places=places, centre=other.mean_.parameters)
+
+
+def warmed(other: GaussianProcess, n: int) -> GaussianProcess:
+    surrogate = GaussianProcess(other.options, curves(), prior_of(other))
+    surrogate.fit(observe(n, 2, derivatives=True))
+    return surrogate
+
+
+def test_what_another_run_knows_is_known_before_much_is_measured() -> None:
+    other = fitted(MODES["derivatives on curves"])
+    cold = make(use_curves=True, directions=4)
+    cold.fit(observe(2, 2, derivatives=True))
+    assert error(warmed(other, 2)) < 1.5 * error(other) < error(cold)
+
+
+def test_what_another_run_got_wrong_is_corrected() -> None:
+    other = make(use_curves=True, directions=4)
+    seen = observe(14, 1, derivatives=True)
+    other.fit(replace(seen, values=seen.values.flip(0), derivatives=-seen.derivatives))
+    assert error(other) > 0.5
+    assert error(warmed(other, 14)) < 0.1
+
+
+def test_a_restored_surrogate_knows_what_those_before_it_knew() -> None:
+    other = warmed(fitted(MODES["derivatives on curves"]), 3)
+    surrogate = warmed(other, 4)
+    again = GaussianProcess.restore(surrogate.options, surrogate.state())
+    for was, now in zip(
+        surrogate.posterior(fresh_points()), again.posterior(fresh_points()), strict=True
+    ):
+        assert torch.equal(was, now)
+    assert warmed(again, 2).posterior(fresh_points())[0].isfinite().all()
+
+
+def test_a_warmed_surrogate_has_the_gradients_of_central_differences() -> None:
+    surrogate = warmed(fitted(MODES["derivatives on curves"]), 3)
+    leaf = fresh_points(4).requires_grad_()
+    (gradient,) = torch.autograd.grad(surrogate.posterior(leaf)[0].sum(), leaf)
+    for axis in range(D):
+        step = 1e-5 * torch.eye(D, dtype=torch.float64)[axis]
+        up, down = (surrogate.posterior(leaf.detach() + way * step)[0] for way in (1, -1))
+        torch.testing.assert_close(gradient[:, axis], (up - down) / 2e-5, rtol=1e-4, atol=1e-6)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from unicuco.allocate import AxisCurves
 from unicuco.surrogate import EPSILON, CurveMean
+from unicuco.surrogate.mean import Known
 
 D = 6
 
@@ -58,6 +59,27 @@ def test_few_values_with_derivatives_pin_down_every_axis() -> None:
     }
     assert errors["fitted"] < 0.05
     assert errors["fitted"] < errors["values"] < errors["prior"]
+
+
+def known(centre: Tensor, n: int) -> Known:
+    nothing = torch.zeros(n, D, dtype=torch.float64)
+    return Known(centre=centre, values=nothing[:, 0], derivatives=nothing)
+
+
+def test_what_another_run_learned_helps_where_little_is_measured() -> None:
+    mean, u, fresh = truth(), points(2, 3), points(50, 4)
+    alone = CurveMean.fit(curves(), u, mean.values(u))
+    guided = CurveMean.fit(curves(), u, mean.values(u), known=known(0.9 * mean.parameters, 2))
+    errors = [(fit.values(fresh) - mean.values(fresh)).square().mean() for fit in (alone, guided)]
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_what_another_run_learned_yields_to_measurements() -> None:
+    mean, u, fresh = truth(), points(20, 3), points(50, 4)
+    misled = CurveMean.fit(
+        curves(), u, mean.values(u), mean.gradients(u), u, known(-mean.parameters, 20)
+    )
+    assert (misled.values(fresh) - mean.values(fresh)).abs().max() < 0.1
 
 
 def test_derivatives_need_not_be_measured_everywhere() -> None:
