@@ -238,48 +238,38 @@ def cut(
     if weight.shape != rank.shape:
         raise ValueError(f"weight is {tuple(weight.shape)} and its ranks {tuple(rank.shape)}")
     result = torch.empty_like(weight, requires_grad=False) if out is None else out
-    source, target = weight.detach(), result.detach()
     height, width = weight.shape
+    bits = _BITS[weight.element_size()]
+    source, target = weight.detach().view(bits), result.detach()
+    is_direct = target.dtype is weight.dtype
+    target = target.view(bits) if is_direct else target
     thresholds = None if rows is None else row_thresholds(rank, num_dropped, rows)
     level, more = equal_counts(height, width, num_dropped) if rows is None else (0, 0)
-    bits = _BITS[weight.element_size()]
-    needs_room = bits is not rank.dtype or result.dtype is not weight.dtype
+    needs_room = bits is not rank.dtype or not is_direct
     step = max(1, height)
     if not parallel:
         step = max(1, _SERIAL_WEIGHTS // max(1, width))
     elif not weight.is_cuda and (needs_room or thresholds is not None):
         step = max(1, _CUT_BYTES // max(1, weight.element_size() * width))
-    # One buffer for all chunks: fresh memory costs a page fault for every 4 KiB of it.
-    buffer = rank.new_empty(min(step, height), width, dtype=bits) if needs_room else None
+    # One for all chunks: fresh memory costs a page fault for every 4 KiB of it.
+    buffer = rank.new_empty(min(step, height) if needs_room else 0, width, dtype=bits)
     for first, last, threshold in ((0, more, level + 1), (more, height, level)):
         for start in range(first, last, step):
-            part = slice(start, min(start + step, last))
-            order = rank[part] if thresholds is None else rank[part] - thresholds[part]
-            _cut_rows(source[part], order, threshold, target[part], buffer)
+            stop = min(start + step, last)
+            order, room, limit = rank[start:stop], buffer[: stop - start], threshold - 1
+            if thresholds is not None:
+                order = order - thresholds[start:stop]
+            if bits is not rank.dtype:
+                if rank.element_size() > weight.element_size():  # they may not fit
+                    order, limit = order > limit, 0
+                order = room.copy_(order)
+            place = target[start:stop]
+            # The derivative of torch's threshold hands its first argument on where the second lies
+            # above a number, and is 0 elsewhere. Nothing else in torch selects vectorised.
+            _hand_on(source[start:stop], order, limit, grad_input=place if is_direct else room)
+            if not is_direct:
+                place.copy_(room.view(weight.dtype))
     return result
-
-
-def _cut_rows(
-    weight: Tensor, rank: Tensor, threshold: int, out: Tensor, buffer: Tensor | None
-) -> None:
-    """Cut rows that drop what is below one threshold.
-
-    ``buffer`` is room for integers as wide as weights, needed where ranks are not, or where ``out``
-    is of another dtype.
-    """
-    bits = _BITS[weight.element_size()]
-    room = out.view(bits) if buffer is None else buffer[: len(weight)]
-    if rank.dtype is not bits:
-        if rank.element_size() > weight.element_size():  # ranks may not fit
-            rank, threshold = room.copy_(rank >= threshold), 1
-        else:
-            rank = room.copy_(rank)
-    place = out.view(bits) if out.dtype is weight.dtype else room
-    # The derivative of torch's threshold hands its first argument on where the second lies above a
-    # number, and is 0 elsewhere. Nothing else in torch selects vectorised.
-    _hand_on(weight.view(bits), rank, threshold - 1, grad_input=place)
-    if out.dtype is not weight.dtype:
-        out.copy_(place.view(weight.dtype))
 
 
 def _by_block(paths: Iterable[str]) -> list[list[str]]:
