@@ -185,10 +185,10 @@ class GaussianProcess:
             )
         options = self.options
         use_derivatives = options.directions > 0 and bool(observations.measured.any())
-        known = self._known(observations.points)
-        self._fit_mean(observations, known, use_derivatives)
-        if known is not None:
-            observations = observations.less(self._trust, known)
+        told = self._told(observations.points)
+        self._fit_mean(observations, told, use_derivatives)
+        if told is not None:
+            observations = observations.less(self._trust, told)
         most = options.directions if use_derivatives else 0
         known, many = _within(observations, options.rows, most and observations.points.shape[1])
         tuning, few = _turns(known, options.tuning_rows, most)
@@ -278,7 +278,7 @@ class GaussianProcess:
         return surrogate
 
     def _fit_mean(
-        self, observations: Observations, known: Observations | None, use_derivatives: bool
+        self, observations: Observations, told: Observations | None, use_derivatives: bool
     ) -> None:
         observations = observations.newest(_MAX_MEAN)
         self._constant = float(observations.values.mean())
@@ -286,13 +286,13 @@ class GaussianProcess:
             return
         measured = observations.measured
         derivatives = observations.derivatives[measured] if use_derivatives else None
-        before = None
-        if self.prior is not None and known is not None:
-            known = known.newest(_MAX_MEAN)
-            before = Known(
+        known = None
+        if self.prior is not None and told is not None:
+            told = told.newest(_MAX_MEAN)
+            known = Known(
                 centre=self.prior.centre,
-                values=known.values,
-                derivatives=known.derivatives[measured],
+                values=told.values,
+                derivatives=told.derivatives[measured],
             )
         self.mean_ = CurveMean.fit(
             self.curves,
@@ -300,10 +300,10 @@ class GaussianProcess:
             observations.values,
             derivatives,
             observations.points[measured],
-            before,
+            known,
         )
 
-    def _known(self, points: Tensor) -> Observations | None:
+    def _told(self, points: Tensor) -> Observations | None:
         """Return what another run's process says at points, and how that changes."""
         if self.prior is None:
             return None
@@ -435,6 +435,9 @@ class _Process(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch is un
             optimizer.zero_grad()
             with _exact():
                 loss: Tensor = -objective(self(*self.train_inputs), self.train_targets)
+            # The library adds the priors whole, though a step sees a part of what is known.
+            priors = sum(p.log_prob(of(m)).sum() for _, m, p, of, _ in self.named_priors())
+            loss = loss + (1 - 1 / len(turns)) * priors / len(turn.targets)
             loss.backward()
             optimizer.step()
 
