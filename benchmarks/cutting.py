@@ -2,7 +2,7 @@
 
 - ``memory``: cutting every matrix of a bf16 model of at least 1 GB (random matrices of a 7B's
   shapes) into a buffer, against the time in which this thread copies as many bytes as cutting reads
-  (weights and ranks) and writes;
+  (weights and ranks) and writes; also of one that is stored by columns, as GPT-2's are;
 - ``disk``: writing a variant of such a model against a copy of its file that is hashed, synced and
   renamed as variants are; and by how much the process' memory rises above what it had before, base
   and ranks included;
@@ -66,7 +66,13 @@ def measure_memory(gigabytes: float, repeats: int) -> dict[str, float]:
             out.copy_(weight)
             other.copy_(rank)
 
-    cuts, copies = _interleaved([cut_all, copy_all], repeats)
+    turned = [(weight.view(weight.shape[::-1]).T, rank) for weight, rank in pairs]
+
+    def cut_all_by_columns() -> None:
+        for (weight, rank), out in zip(turned, outs, strict=True):
+            cut(weight, rank, weight.numel() * 6 // 10, out=out.view(out.shape[::-1]).T)
+
+    cuts, turned_cuts, copies = _interleaved([cut_all, cut_all_by_columns, copy_all], repeats)
     copied = 2 * (num_bytes + sum(rank.nbytes for _, rank in pairs))
     touched = 2 * num_bytes + sum(rank.nbytes for _, rank in pairs)
     bandwidth = copied / copies
@@ -75,6 +81,7 @@ def measure_memory(gigabytes: float, repeats: int) -> dict[str, float]:
         "cut_s": cuts,
         "copy_gb_per_s": bandwidth / 1e9,
         "cut_over_memory": cuts / (touched / bandwidth),
+        "cut_by_columns_over_memory": turned_cuts / (touched / bandwidth),
     }
 
 

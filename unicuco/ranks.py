@@ -42,6 +42,7 @@ _INT16_COLUMNS: Final = torch.iinfo(torch.int16).max
 _SORT_CHUNK: Final = 1 << 22
 # Bytes of weights cut at a time where a buffer is needed, which then stays in the cache.
 _CUT_BYTES: Final = 1 << 20
+_TURNED_ROWS: Final = 128  # whose ranks are brought to another layout at a time (best of 16 .. all)
 _SERIAL_WEIGHTS: Final = 1 << 15  # up to so many elements torch works in the calling thread alone
 _hand_on: Final = torch.ops.aten.threshold_backward.grad_input
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -217,15 +218,16 @@ def cut(
     """Zero the first ``num_dropped`` weights in drop order; all others stay as they are to the bit.
 
     Rows of one threshold are cut in one pass over memory, ten times as fast as `torch.where` on one
-    core; so the first rows and the others, which drop a weight less, are cut apart.
+    core; so the first rows and the others, which drop a weight less, are cut apart. Where weights
+    are stored by columns, ranks are brought into their order first, a pass more.
 
     Args:
-        weight: ``o x i``, any float dtype and strides.
+        weight: ``o x i``, any float dtype, stored by rows or by columns.
         rank: ``o x i`` from the rank store, on the same device.
         num_dropped: in [0, o * i].
         rows: the site's offsets of a `RowRule`; none: rows drop equally.
-        out: where to write, of ``weight``'s shape and any float dtype; may be ``weight`` itself.
-            Default: a new tensor of ``weight``'s dtype.
+        out: where to write, of ``weight``'s shape and any float dtype: ``weight`` itself, or memory
+            apart from it. Default: a new tensor of ``weight``'s dtype.
         parallel: whether torch's other threads may help. They spin when they have nothing to do,
             which costs more than they bring where somebody else needs the cores.
 
@@ -238,6 +240,8 @@ def cut(
     if weight.shape != rank.shape:
         raise ValueError(f"weight is {tuple(weight.shape)} and its ranks {tuple(rank.shape)}")
     result = torch.empty_like(weight, requires_grad=False) if out is None else out
+    if result.shape != weight.shape:
+        raise ValueError(f"weight is {tuple(weight.shape)} and out {tuple(result.shape)}")
     height, width = weight.shape
     bits = _BITS[weight.element_size()]
     source, target = weight.detach().view(bits), result.detach()
@@ -251,14 +255,21 @@ def cut(
         step = max(1, _SERIAL_WEIGHTS // max(1, width))
     elif not weight.is_cuda and (needs_room or thresholds is not None):
         step = max(1, _CUT_BYTES // max(1, weight.element_size() * width))
+    by_columns = weight.stride(0) < weight.stride(1)
+    if by_columns and not weight.is_cuda:
+        step = min(step, _TURNED_ROWS)
     # One for all chunks: fresh memory costs a page fault for every 4 KiB of it.
-    buffer = rank.new_empty(min(step, height) if needs_room else 0, width, dtype=bits)
+    room_for = (min(step, height) if needs_room else 0, width)
+    buffer = rank.new_empty(room_for[::-1] if by_columns else room_for, dtype=bits)
+    buffer = buffer.T if by_columns else buffer
     for first, last, threshold in ((0, more, level + 1), (more, height, level)):
         for start in range(first, last, step):
             stop = min(start + step, last)
             order, room, limit = rank[start:stop], buffer[: stop - start], threshold - 1
             if thresholds is not None:
                 order = order - thresholds[start:stop]
+            if by_columns:  # nothing is vectorised where the layouts differ
+                order = order.T.contiguous().T
             if bits is not rank.dtype:
                 if rank.element_size() > weight.element_size():  # they may not fit
                     order, limit = order > limit, 0

@@ -110,18 +110,31 @@ def bits(tensor: Tensor) -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("by_columns", [True, False])
 def test_a_matrix_larger_than_one_chunk_is_cut_whole(
-    dtype: torch.dtype, parallel: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, parallel: bool, by_columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unicuco.ranks._CUT_BYTES", 4096)
     monkeypatch.setattr("unicuco.ranks._SERIAL_WEIGHTS", 1000)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(301, 111, generator=generator).to(dtype)
+    shape = (111, 301) if by_columns else (301, 111)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    weight = weight.T if by_columns else weight
     rank = rank_rows(torch.rand(301, 111, generator=generator))
     n = 20_001
     expected = weight.masked_fill(~keep_mask(rank, n), 0)
     assert torch.equal(cut(weight, rank, n, parallel=parallel), expected)
+    for other in DTYPES:
+        target = torch.empty_like(weight, dtype=other)
+        found = cut(weight, rank, n, out=target, parallel=parallel)
+        assert torch.equal(found, expected.to(other))
     assert torch.equal(cut(weight, rank, n, out=weight, parallel=parallel), expected)
+
+
+def test_out_of_another_shape_is_refused() -> None:
+    weight = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="out"):
+        cut(weight, rank_rows(weight.abs()), 2, out=torch.empty(4, 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -133,7 +133,7 @@ class LearnChoices:
         typer.Option(
             "--warm-from",
             metavar="RUN",
-            help="Ask first what another run of this architecture, or of another pruner, learned.",
+            help="Start from what another run of this architecture, or of another pruner, learned.",
             rich_help_panel=_METHOD,
         ),
     ] = ""

@@ -29,6 +29,23 @@ _BFLOAT16: Final = (
     "bfloat16/"  # numpy has no bfloat16: such tensors travel as int16 under this prefix
 )
 
+_BEYOND_BFLOAT16: Final = 0xFFFF  # bits of a float32
+_ROWS: Final = 256  # that are looked at at a time
+
+
+def narrowest(tensor: Tensor) -> Tensor:
+    """Return a float32 matrix in bfloat16 where that changes no value; all else as it is.
+
+    Most checkpoints are in bfloat16: evaluators on other nodes then hold half as much, and all have
+    less to read at every cut.
+    """
+    if tensor.dim() < 2 or tensor.dtype is not torch.float32:
+        return tensor
+    for rows in tensor.detach().view(torch.int32).split(_ROWS):
+        if bool((rows & _BEYOND_BFLOAT16).any()):
+            return tensor
+    return tensor.detach().bfloat16()
+
 
 def pack_model(
     state: Mapping[str, Tensor],
@@ -37,12 +54,8 @@ def pack_model(
     units: UnitStore | None = None,
     factors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """Name a model's tensors, drop orders, Fisher sums, units and GPTQ's factors as arrays.
-
-    Matrices that bfloat16 holds exactly, as those of most checkpoints, travel and are kept so:
-    half the memory, and less to read at every cut.
-    """
-    named = {f"state/{name}": _narrowest(tensor) for name, tensor in state.items()}
+    """Name a model's tensors, drop orders, Fisher sums, units and GPTQ's factors as arrays."""
+    named = {f"state/{name}": tensor for name, tensor in state.items()}
     named |= {f"rank/{path}": tensor for path, tensor in ranks.items()}
     named |= {f"fisher/{path}": tensor for path, tensor in fisher.items()}
     if units is not None:
@@ -104,14 +117,6 @@ def working_copy(
     unfit = [*absent, *unexpected]
     assert not unfit, f"state does not fit the model: {unfit}"
     return model
-
-
-def _narrowest(tensor: Tensor) -> Tensor:
-    """Return a matrix in bfloat16 where that changes no value; all else as it is."""
-    if tensor.dim() < 2 or tensor.dtype is not torch.float32:
-        return tensor
-    narrow = tensor.detach().bfloat16()
-    return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
 def _as_array(item: tuple[str, Tensor]) -> tuple[str, NDArray[np.generic]]:

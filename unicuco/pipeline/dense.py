@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import build_cost
 from unicuco.evaluate import EvaluatorConfig, LocalEvaluator, dense_reference
-from unicuco.evaluate.arrays import Arrays, pack_text, reference_of, unpack
+from unicuco.evaluate.arrays import Arrays, narrowest, pack_text, reference_of, unpack
 from unicuco.importance import ImportanceMetric
 from unicuco.importance.fisher import fisher_rank_sums
 from unicuco.models import LoadedModel, load_model, resolve_model
@@ -90,7 +91,11 @@ class WholeModel:
         return dense_reference(self.loaded.model, ids)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the model's tensors by name."""
+        """Return the model's tensors by name, the same ones always; see `narrowest`."""
+        return self._state
+
+    @cached_property
+    def _state(self) -> dict[str, Tensor]:
         # Parameters come without their tied twins; buffers that are saved (some families keep masks
         # there) follow.
         model = self.loaded.model
@@ -101,7 +106,7 @@ class WholeModel:
             for n, b in model.named_buffers()
             if n in persistent and isinstance(b, torch.Tensor)
         }
-        return state | buffers
+        return {name: narrowest(tensor) for name, tensor in (state | buffers).items()}
 
     def judge(self, config: EvaluatorConfig, arrays: Arrays) -> JudgeWindows:
         """Return what judges strategies on an evaluator of one's own."""

@@ -49,8 +49,8 @@ class LearnOptions:
     ``rounding`` how weights get fewer bits: to the nearest, or by GPTQ;
     ``calibration_sampling`` how calibration windows are chosen from their text;
     ``tasks`` are names and texts that requests may weigh, each a share of every text, in place of
-    ``calibration``; ``warm_from`` is another run, a folder or URL, whose answers are asked first,
-    or empty; ``max_sparsity`` the highest sparsity over sites that is learned.
+    ``calibration``; ``warm_from`` is another run, a folder or URL, that this one starts from, or
+    empty; ``max_sparsity`` the highest sparsity over sites that is learned.
 
     Raises:
         RequestError: an option outside its range, or an unknown name.

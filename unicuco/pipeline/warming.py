@@ -1,4 +1,4 @@
-"""A run's answers as the guide of another run's search; see `unicuco.search.transfer`.
+"""A run's answers and surrogate as the guide of another run; see `unicuco.search.transfer`.
 
 They are kept in the new run's folder, ``guide.safetensors``, so that it goes on without the other.
 """

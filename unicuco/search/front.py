@@ -4,8 +4,9 @@ Every round fits the surrogate to all visible evaluations, trains a fresh StratN
 asks what that network would answer to targets spread over the learned range. So evaluations are
 spent where answers will come from, each tells the slope along every axis there, and the next
 network walks down that slope: a descent of all targets together whose memory is the surrogate. The
-first two rounds, which may see nothing, ask points between the uniform and the Fisher allocation,
-or what another run would answer, where there is one (`unicuco.search.transfer`).
+first two rounds, which may see nothing, ask points between the uniform and the Fisher allocation.
+Where another run guides this one, they ask what that would answer, and its surrogate is the prior
+of this one's (`unicuco.search.transfer`).
 
 What it does not know: how evaluations are run, and when to stop.
 """

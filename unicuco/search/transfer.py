@@ -3,10 +3,10 @@
 An axis is known by its kind (its site's name without the block's number) and its block's place in
 the model. Answers of a run are read at the same relative place of the same kind, linearly in
 between; block granularity has one kind. A search that is guided so asks these answers first, where
-it would else ask blind.
+it would else ask blind, and its surrogate begins with what the run's surrogate knows
+(`unicuco.surrogate.prior`), which measurements of the model itself confirm or correct.
 
-What it does not know: where runs lie, and whether a sibling is alike. Nothing is believed unseen:
-all answers are measured on the model itself.
+What it does not know: where runs lie, and whether a sibling is alike.
 """
 
 from __future__ import annotations
@@ -92,22 +92,40 @@ def carried_over(source: StrategySpace, target: StrategySpace, points: Tensor) -
 def make_prior(
     source: StrategySpace, target: StrategySpace, surrogate: GaussianProcess
 ) -> Prior | None:
-    """Return what a fitted surrogate says of a model with another space; none without curves.
+    """Return what a fitted surrogate says of a model with another space.
+
+    None where it has no curves, or axes of a kind that the model lacks: it can't be asked there.
 
     Raises:
-        RequestError: one of the spaces has axes of a kind that the other has not.
+        RequestError: the model has axes of a kind that the surrogate knows nothing of.
     """
     mean, d = surrogate.mean_, source.num_axes
-    if mean is None:
+    lacks = {_kind_and_block(name)[0] for name in source.names} - {
+        _kind_and_block(name)[0] for name in target.names
+    }
+    if mean is None or lacks:
         return None
     by_axis, others = mean.parameters.tensor_split([2 * d])
     by_axis = carried_over(source, target, by_axis.reshape(2, d))
-    unit = torch.eye(target.num_axes, dtype=torch.float64)
     return Prior(
         other=surrogate.state(),
-        places=carried_over(target, source, unit),
+        places=_reading(source, target),
         centre=torch.cat([by_axis.flatten(), others]),
     )
+
+
+def _reading(source: StrategySpace, target: StrategySpace) -> Tensor:
+    """Return the ``d x d'`` matrix that brings points of the target to the source.
+
+    A block of a shallower source stands for several of the target: it is read at their mean, each
+    weighing as much as what is carried over to it comes from there.
+    """
+    nearest = carried_over(target, source, torch.eye(target.num_axes, dtype=torch.float64))
+    if _num_blocks(target) <= _num_blocks(source):
+        return nearest
+    shares = carried_over(source, target, torch.eye(source.num_axes, dtype=torch.float64)).T
+    totals = shares.sum(0)
+    return torch.where(totals > 0, shares / totals.clamp(min=1e-12), nearest)
 
 
 def _kind_and_block(name: str) -> tuple[str, int]:

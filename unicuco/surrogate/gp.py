@@ -3,7 +3,7 @@
 The target is y = log (KL + EPSILON); in unit coordinates its derivative is (high - low) dKL/ds /
 (KL + EPSILON). A mean function (`CurveMean`, or a constant) takes what it can explain; the process
 models the rest with a Matérn-5/2 ARD kernel (`DirectionalMatern`), one noise for values and one for
-derivatives.
+derivatives. What another run's surrogate knows may be a part of the mean function (`Prior`).
 
 Which directions: all axes where there is room for them, else the uniform one and random ones. Exact
 duplicates are merged; a fit that fails numerically falls back to the hyperparameters' priors before
@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
@@ -122,14 +122,6 @@ class Observations:
             points=self.points[last], values=self.values[last], derivatives=self.derivatives[last]
         )
 
-    def less(self, share: float, other: Observations) -> Observations:
-        """Return what is left when a share of what others say of the same points is taken off."""
-        return replace(
-            self,
-            values=self.values - share * other.values,
-            derivatives=self.derivatives - share * other.derivatives,
-        )
-
     def every(self, stride: int, start: int) -> Observations:
         """Return every ``stride``-th of them."""
         part = slice(start, None, stride)
@@ -185,10 +177,7 @@ class GaussianProcess:
             )
         options = self.options
         use_derivatives = options.directions > 0 and bool(observations.measured.any())
-        told = self._told(observations.points)
-        self._fit_mean(observations, told, use_derivatives)
-        if told is not None:
-            observations = observations.less(self._trust, told)
+        self._fit_mean(observations.newest(_MAX_MEAN), use_derivatives)
         most = options.directions if use_derivatives else 0
         known, many = _within(observations, options.rows, most and observations.points.shape[1])
         tuning, few = _turns(known, options.tuning_rows, most)
@@ -277,23 +266,16 @@ class GaussianProcess:
         surrogate._model = model
         return surrogate
 
-    def _fit_mean(
-        self, observations: Observations, told: Observations | None, use_derivatives: bool
-    ) -> None:
-        observations = observations.newest(_MAX_MEAN)
+    def _fit_mean(self, observations: Observations, use_derivatives: bool) -> None:
         self._constant = float(observations.values.mean())
         if self.curves is None or not self.options.curves:
             return
         measured = observations.measured
         derivatives = observations.derivatives[measured] if use_derivatives else None
         known = None
-        if self.prior is not None and told is not None:
-            told = told.newest(_MAX_MEAN)
-            known = Known(
-                centre=self.prior.centre,
-                values=told.values,
-                derivatives=told.derivatives[measured],
-            )
+        if self.prior is not None:
+            values, slopes = self._told(observations.points)
+            known = Known(centre=self.prior.centre, values=values, derivatives=slopes[measured])
         self.mean_ = CurveMean.fit(
             self.curves,
             observations.points,
@@ -303,14 +285,12 @@ class GaussianProcess:
             known,
         )
 
-    def _told(self, points: Tensor) -> Observations | None:
-        """Return what another run's process says at points, and how that changes."""
-        if self.prior is None:
-            return None
+    def _told(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what another run's process says at ``n x d`` points, ``n``, and its gradients."""
         leaf = points.detach().requires_grad_()
         values = self._other_values(leaf)
-        (derivatives,) = torch.autograd.grad(values.sum(), leaf)
-        return Observations(points=points, values=values.detach(), derivatives=derivatives)
+        (gradients,) = torch.autograd.grad(values.sum(), leaf)
+        return values.detach(), gradients
 
     def _other_values(self, points: Tensor) -> Tensor:
         if self.prior is None or self._other is None:
@@ -329,6 +309,10 @@ class GaussianProcess:
     def _rows(self, observations: Observations, count: int) -> _Rows:
         """Return value rows, and derivative rows along ``count`` directions per evaluation."""
         values = observations.values - self._mean_values(observations.points)
+        told_slopes = None
+        if self.prior is not None:
+            told, told_slopes = self._told(observations.points)
+            values = values - self._trust * told
         rows, targets = [as_rows(observations.points)], [values]
         noise = [torch.full_like(values, self.options.value_noise)]
         if count:
@@ -338,6 +322,8 @@ class GaussianProcess:
             left_over = whole
             if self.mean_ is not None:
                 left_over = whole - self.mean_.gradients(points)[:, axes]
+            if told_slopes is not None:
+                left_over = left_over - self._trust * told_slopes[observations.measured][:, axes]
             typical = whole.square().mean(1, keepdim=True).sqrt()
             share = self.options.derivative_noise
             spread = share * whole.abs() + _DERIVATIVE_FLOOR * typical  # (n, d')

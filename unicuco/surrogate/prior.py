@@ -6,7 +6,8 @@ beyond its mean function, how axes act together, is added to this one's, as far 
 bear it out. So where the two models are one, everything is known before anything is measured; where
 they are not, measurements correct both parts.
 
-What it does not know: which run, and whether the two are alike.
+The other run may have had a prior itself: every generation costs a surrogate's memory, and time at
+every prediction. What it does not know: which run, and whether the two are alike.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from unicuco.calibration import token_windows
 from unicuco.dimensions import Granularity
 from unicuco.errors import EvaluationError, RunError
 from unicuco.evaluate import LocalEvaluator
-from unicuco.evaluate.arrays import pack_model, state_of, unpack
+from unicuco.evaluate.arrays import narrowest, pack_model
 from unicuco.models import gate, load_tokenizer, read_site
 from unicuco.rows import RowRule
 from unicuco.search.drive import outcome_of
@@ -153,17 +153,14 @@ def test_a_configuration_travels_by_pickle_and_stays_small(case: EvaluationCase)
     assert json.loads(case.config.model_config)["model_type"] == "llama"
 
 
-def test_only_matrices_that_bfloat16_holds_are_kept_in_it() -> None:
-    exact, odd = torch.tensor([[0.5, -3.0]]), torch.tensor([[0.5, 1 / 3]])
-    packed = pack_model({"exact": exact, "odd": odd, "bias": exact[0]}, {}, {})
-    state = state_of(unpack(packed))
-    assert {name: tensor.dtype for name, tensor in state.items()} == {
-        "exact": torch.bfloat16,
-        "odd": torch.float32,
-        "bias": torch.float32,
-    }
-    assert torch.equal(state["exact"].float(), exact)
-    assert torch.equal(state["odd"], odd)
+def test_only_matrices_that_bfloat16_holds_become_it() -> None:
+    exact = torch.randn(300, 7).bfloat16().float()
+    odd = exact.clone()
+    odd[299, 6] += 1e-6
+    assert narrowest(exact).dtype is torch.bfloat16
+    assert torch.equal(narrowest(exact).float(), exact)
+    for tensor in (odd, exact[0], exact.double(), exact.half()):
+        assert narrowest(tensor) is tensor
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -93,16 +93,29 @@ def surrogate_of(space: StrategySpace, seed: int) -> GaussianProcess:
     return surrogate
 
 
-def test_a_surrogate_of_a_shallower_model_is_read_at_the_same_relative_place() -> None:
-    shallow, deep = space_of(2), space_of(4)
-    surrogate = surrogate_of(shallow, 0)
-    prior = make_prior(shallow, deep, surrogate)
+@pytest.mark.parametrize(("source", "target"), [(2, 2), (4, 2), (2, 4), (2, 6), (5, 7)])
+def test_a_surrogate_of_another_depth_hears_of_every_block(source: int, target: int) -> None:
+    there, here = space_of(source), space_of(target)
+    surrogate = surrogate_of(there, 0)
+    prior = make_prior(there, here, surrogate)
     assert prior is not None
-    points = torch.rand(3, deep.num_axes, dtype=torch.float64)
-    assert torch.allclose(points @ prior.places, carried_over(deep, shallow, points))
     assert surrogate.mean_ is not None
-    scales = carried_over(shallow, deep, surrogate.mean_.scales[None])[0]
-    assert torch.equal(prior.centre[: deep.num_axes], scales)
+    scales = carried_over(there, here, surrogate.mean_.scales[None])[0]
+    assert torch.equal(prior.centre[: here.num_axes], scales)
+    uniform = torch.full((1, here.num_axes), 0.3, dtype=torch.float64)
+    assert (uniform @ prior.places).flatten().tolist() == pytest.approx([0.3] * there.num_axes)
+    if source <= target:
+        assert bool((prior.places.sum(1) > 0).all())
+    if source == target:
+        assert torch.equal(prior.places, torch.eye(here.num_axes, dtype=torch.float64))
+
+
+def test_a_surrogate_with_axes_that_the_model_lacks_is_not_asked() -> None:
+    block = build_space(make_profile([SITES]), ("sparsity",), Granularity.LAYER)
+    narrower = build_space(make_profile([SITES[:1]]), ("sparsity",), Granularity.LAYER)
+    assert make_prior(block, narrower, surrogate_of(block, 0)) is None
+    with pytest.raises(RequestError, match="it has no"):
+        make_prior(narrower, block, surrogate_of(narrower, 0))
 
 
 def test_a_guide_comes_back_from_its_tensors() -> None:
