@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.common import Bench, save, table
+from benchmarks.common import Bench, save, status_bytes, table
 from benchmarks.speed import measure_handing_over, measure_replicas, pool_s
 from cluster.driver import RayBackend
 from cluster.pool import RayPool
@@ -198,7 +198,7 @@ def _stage_memory(stage: Sequence[Any]) -> dict[str, object]:
     held += sum(array.nbytes for name, array in arrays.items() if name.startswith("rank/"))
     _through(core, space.uniform(0.5), ids.shape[1])
     after = process.memory_info().rss - before
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    peak = status_bytes("VmHWM")
     # A block as it is cut, its gradient, and what each block received.
     one = max(4 * count for count in _site_weights(profile))
     activations = 2 * one + 4 * (len(blocks) + 2) * ids.numel() * hidden_size(profile)

@@ -125,6 +125,12 @@ def provenance() -> dict[str, object]:
     }
 
 
+def status_bytes(name: str) -> int:
+    """Return a figure of this process' memory: ``VmRSS``, or ``VmHWM``, the peak."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
+
+
 def save(name: str, document: dict[str, object]) -> Path:
     """Write results to ``benchmarks/results/NAME.json``, and where the newest come from."""
     RESULTS.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import save, table, unpredicted_plan
+from benchmarks.common import save, status_bytes, table, unpredicted_plan
 from benchmarks.speed import median_s, mixed_requests
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import build_space
@@ -210,14 +210,9 @@ def _interleaved(works: Sequence[Callable[[], object]], repeats: int) -> list[fl
 def _rise(work: Callable[[], object]) -> int:
     """Return by how many bytes resident memory rises at most while something is done."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     work()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.split(f"{name}:")[1].split()[0])
+    return status_bytes("VmHWM") - before
 
 
 def _careful_copy(source: Path) -> None:

@@ -2,10 +2,10 @@
 
 Evaluations with derivatives of a response that is not additive (`unicuco.testing.coupled`), random
 ones around what single sites say, at budgets over the whole range. ``run`` is the fit as runs do
-it; ``full`` optimises the hyperparameters on all the rows that it predicts from, not on a fifth of
-them, and for 100 steps instead of 40. Reported: CPU seconds of a fit (the median of three; of
-``full`` one), the process's peak memory beside what it had before, and the mean log likelihood of
-500 other evaluations' log KL. Every fit in a process of its own, on one thread.
+it; ``full`` optimises the hyperparameters on all the rows that it predicts from at once, not on a
+fifth of them at a time, and for 100 steps instead of 40. Reported: CPU seconds of a fit (the median
+of three; of ``full`` one), the process's peak memory beside what it had before, and the mean log
+likelihood of 500 other evaluations' log KL. Every fit in a process of its own, on one thread.
 """
 
 from __future__ import annotations

@@ -100,10 +100,7 @@ def make_prior(
         RequestError: the model has axes of a kind that the surrogate knows nothing of.
     """
     mean, d = surrogate.mean_, source.num_axes
-    lacks = {_kind_and_block(name)[0] for name in source.names} - {
-        _kind_and_block(name)[0] for name in target.names
-    }
-    if mean is None or lacks:
+    if mean is None or not _kinds(source) <= _kinds(target):
         return None
     by_axis, others = mean.parameters.tensor_split([2 * d])
     by_axis = carried_over(source, target, by_axis.reshape(2, d))
@@ -133,6 +130,10 @@ def _kind_and_block(name: str) -> tuple[str, int]:
     if found is None:
         return name, 0
     return f"{name[: found.start()]}.*{name[found.end() :]}", int(found[1])
+
+
+def _kinds(space: StrategySpace) -> set[str]:
+    return {_kind_and_block(name)[0] for name in space.names}
 
 
 def _num_blocks(space: StrategySpace) -> int:

@@ -209,7 +209,7 @@ class GaussianProcess:
             raise SurrogateError("the surrogate has not been fitted")
         points = points.double()
         mean, std = self._model.predict(points)
-        return self._mean_values(points) + self._trust * self._other_values(points) + mean, std
+        return self._explained(points) + mean, std
 
     def beyond_mean(self, points: Tensor) -> Tensor:
         """Return ``q``: how far `posterior` is from the mean function; differentiable."""
@@ -301,6 +301,15 @@ class GaussianProcess:
     def _trust(self) -> float:
         return 0.0 if self.mean_ is None else self.mean_.trust
 
+    def _explained(self, points: Tensor) -> Tensor:
+        """Return ``n``: what is left to the process is measured from here."""
+        return self._mean_values(points) + self._trust * self._other_values(points)
+
+    def _explained_slopes(self, points: Tensor) -> Tensor:
+        """Return the ``n x d`` derivatives of `_explained`."""
+        slopes = torch.zeros_like(points) if self.mean_ is None else self.mean_.gradients(points)
+        return slopes if self.prior is None else slopes + self._trust * self._told(points)[1]
+
     def _mean_values(self, points: Tensor) -> Tensor:
         if self.mean_ is None:
             return torch.full(points.shape[:1], self._constant, dtype=torch.float64)
@@ -308,22 +317,14 @@ class GaussianProcess:
 
     def _rows(self, observations: Observations, count: int) -> _Rows:
         """Return value rows, and derivative rows along ``count`` directions per evaluation."""
-        values = observations.values - self._mean_values(observations.points)
-        told_slopes = None
-        if self.prior is not None:
-            told, told_slopes = self._told(observations.points)
-            values = values - self._trust * told
+        values = observations.values - self._explained(observations.points)
         rows, targets = [as_rows(observations.points)], [values]
         noise = [torch.full_like(values, self.options.value_noise)]
         if count:
             points = observations.points[observations.measured]
             axes = observations.axes
             whole = observations.derivatives[observations.measured][:, axes]
-            left_over = whole
-            if self.mean_ is not None:
-                left_over = whole - self.mean_.gradients(points)[:, axes]
-            if told_slopes is not None:
-                left_over = left_over - self._trust * told_slopes[observations.measured][:, axes]
+            left_over = whole - self._explained_slopes(points)[:, axes]
             typical = whole.square().mean(1, keepdim=True).sqrt()
             share = self.options.derivative_noise
             spread = share * whole.abs() + _DERIVATIVE_FLOOR * typical  # (n, d')

@@ -90,7 +90,7 @@ class CurveMean:
             known: what another run knows; none: the prior is around the Fisher prediction.
         """
         d = len(curves.table)
-        prior = _Prior.of(d, known)
+        prior = _Gaussians.of(d, known)
         theta = prior.centre.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
             [theta], max_iter=80, history_size=20, line_search_fn="strong_wolfe"
@@ -203,14 +203,14 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prior:
+class _Gaussians:
     """Independent Gaussians over the ``2 d + 2`` parameters, and trust where another run knows."""
 
     centre: Tensor
     deviations: Tensor
 
     @classmethod
-    def of(cls, d: int, known: Known | None) -> _Prior:
+    def of(cls, d: int, known: Known | None) -> _Gaussians:
         deviations = torch.tensor(
             [_PRIOR_SCALE] * d + [_PRIOR_TILT] * d + [_PRIOR_POWER, _PRIOR_OFFSET],
             dtype=torch.float64,
