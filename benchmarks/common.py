@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
+import os
 import platform
 import subprocess
 import tempfile
@@ -107,6 +109,18 @@ def unpredicted_plan(space: StrategySpace, strategy: Strategy, sparsity: float) 
         served_as=ServedAs.MASK,
         kl=Prediction(mean=0.0, lo95=0.0, hi95=0.0),
     )
+
+
+def careful_copy(source: Path, target: Path) -> None:
+    """Copy a file as a variant's must be written: hashed on the way, synced, renamed."""
+    staged, digest, buffer = target.with_name("staged"), hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with source.open("rb", buffering=0) as read, staged.open("wb", buffering=0) as written:
+        while count := read.readinto(buffer):
+            digest.update(view[:count])
+            written.write(view[:count])
+        os.fsync(written.fileno())
+    staged.replace(target)
 
 
 def provenance() -> dict[str, object]:

@@ -16,19 +16,18 @@ Interleaved repeats, medians, one thread. ``python -m benchmarks.cutting [PART â
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import save, status_bytes, table, unpredicted_plan
+from benchmarks.common import careful_copy, save, status_bytes, table, unpredicted_plan
 from benchmarks.speed import median_s, mixed_requests
 from unicuco.calibration import TokenSet, collect_input_norms
 from unicuco.dimensions import build_space
@@ -120,7 +119,8 @@ def measure_disk(hidden: int, blocks: int, repeats: int) -> dict[str, float]:
             )
 
         rise = _rise(write)
-        writes, copies = _interleaved([write, lambda: _careful_copy(source)], repeats)
+        copy = partial(careful_copy, source, folder / "copied")
+        writes, copies = _interleaved([write, copy], repeats)
         return {
             "file_mb": source.stat().st_size / 1e6,
             "write_rise_mb": rise / 1e6,
@@ -213,18 +213,6 @@ def _rise(work: Callable[[], object]) -> int:
     before = status_bytes("VmRSS")
     work()
     return status_bytes("VmHWM") - before
-
-
-def _careful_copy(source: Path) -> None:
-    """Copy a file through one buffer, hashing it on the way, and sync and rename it."""
-    target, digest, buffer = source.with_name("copy"), hashlib.sha256(), bytearray(1 << 20)
-    view = memoryview(buffer)
-    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as written:
-        while count := read.readinto(buffer):
-            digest.update(view[:count])
-            written.write(view[:count])
-        os.fsync(written.fileno())
-    target.replace(source.with_name("copied"))
 
 
 def _write_llama(folder: Path, *, hidden: int, blocks: int) -> Path:

@@ -9,6 +9,11 @@ and the table has no figure for more. KL is measured on test text, from the chec
 ``python -m benchmarks.requests [METHOD …] [--requests 64] [--model reference]``; results go to
 ``benchmarks/results/requests.json``, written after every method and kept where one is not asked
 for again.
+
+Two methods show what the figures mean: ``copy`` prunes nothing and copies the model's files as
+carefully as variants are written, the least that any checkpoint costs; ``llmcompressor-wanda-128``
+calibrates on as many windows as Wanda's authors do (PAPERS.md 12: 128 samples of the context's
+length), not on the run's few.
 """
 
 from __future__ import annotations
@@ -34,8 +39,11 @@ from unicuco.pipeline.texts import learning_texts, window_length
 
 SEARCH: Final = "evopress"
 LLMCOMPRESSOR: Final = "llmcompressor==0.14.0"
+COPY: Final = "copy"
+_CALIBRATED_LONGER: Final = "llmcompressor-wanda-128"
 METHODS: Final = (
-    "stratnet", "wanda", "owl", "llmcompressor-wanda", "llmcompressor-sparsegpt", SEARCH
+    "stratnet", COPY, "wanda", "owl", "llmcompressor-wanda", _CALIBRATED_LONGER,
+    "llmcompressor-sparsegpt", SEARCH,
 )  # fmt: skip
 _AT: Final = (1, 8, 64)
 _SEARCHED: Final = 8
@@ -89,7 +97,7 @@ def measure(
             "targets": wanted,
             "out": str(folder),
             "tokens": tokens,
-            "windows": _calibration(model, tokens),
+            "windows": _calibration(model, tokens, 128 if method == _CALIBRATED_LONGER else None),
         }
         (folder / "task.json").write_text(json.dumps(task))
         report = _run(method, folder)
@@ -142,13 +150,17 @@ def describe(outcomes: dict[str, Outcome]) -> str:
     if "stratnet" in outcomes:
         own, mean = outcomes["stratnet"], statistics.fmean
         lines += [
-            f"{name}: {mean(outcome.seconds) / mean(own.seconds):,.0f} times the run's seconds per"
-            f" request, learning not counted, {mean(outcome.cpu_s) / mean(own.cpu_s):,.0f} times"
-            " its CPU seconds"
+            f"{name}: {_times(mean(outcome.seconds) / mean(own.seconds))} times the run's seconds"
+            f" per request, learning not counted, {_times(mean(outcome.cpu_s) / mean(own.cpu_s))}"
+            " times its CPU seconds"
             for name, outcome in outcomes.items()
             if name != "stratnet"
         ]
     return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def _known(setting: dict[str, object]) -> dict[str, Outcome]:
@@ -161,10 +173,11 @@ def _known(setting: dict[str, object]) -> dict[str, Outcome]:
     return {row["method"]: Outcome(**row) for row in document["outcomes"]}
 
 
-def _calibration(model: Path, tokens: int) -> list[list[int]]:
-    """Return the windows of the run's calibration text."""
+def _calibration(model: Path, tokens: int, count: int | None = None) -> list[list[int]]:
+    """Return the windows of the run's calibration text, or so many."""
     context = window_length(load_model(model).profile.max_context, None)
-    texts = learning_texts(load_tokenizer(model), None, tokens=tokens, context=context)
+    wanted = tokens if count is None else count * context
+    texts = learning_texts(load_tokenizer(model), None, tokens=wanted, context=context)
     return texts.calibration.ids.tolist()
 
 

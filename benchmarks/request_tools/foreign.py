@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _MODIFIERS = {
     "llmcompressor-wanda": WandaPruningModifier,
+    "llmcompressor-wanda-128": WandaPruningModifier,
     "llmcompressor-sparsegpt": SparseGPTModifier,
 }
 

@@ -1,7 +1,7 @@
 """The process of `benchmarks.requests` for the methods of this project.
 
 ``stratnet`` learns a run first and answers from it; the others load, calibrate, decide and write
-for every request.
+for every request. ``copy`` only copies the model's files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import unpredicted_plan
+from benchmarks.common import careful_copy, unpredicted_plan
 from benchmarks.request_tools.clock import Clock
 from unicuco.allocate import ALLOCATORS, AllocationContext, AxisCurves, Evidence
 from unicuco.calibration import TokenSet, collect_input_norms
@@ -59,9 +59,18 @@ def _prepare(method: str, model: Path, out: Path, tokens: int, windows: TokenSet
         return lambda value, target: prune(
             run, Request(target=Target.SPARSITY, value=value), target
         )
+    if method == "copy":
+        return lambda _, target: copy(model, target)
     if method == "evopress":
         return partial(search, model, tokens)
     return partial(one_shot, model, method, windows)
+
+
+def copy(model: Path, target: Path) -> None:
+    """Copy a model's files."""
+    target.mkdir()
+    for file in sorted(model.iterdir()):
+        careful_copy(file, target / file.name)
 
 
 def one_shot(model: Path, method: str, windows: TokenSet, sparsity: float, target: Path) -> None:
