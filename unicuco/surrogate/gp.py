@@ -9,9 +9,10 @@ Which directions: all axes where there is room for them, else the uniform one an
 duplicates are merged; a fit that fails numerically falls back to the hyperparameters' priors before
 it gives up.
 
-The more evaluations, the fewer directions of each are looked at, and of very many evaluations only
-the newest, which lie where answers come from: fewer by the process than by the mean, and fewest by
-the fit of hyperparameters. So a fit takes seconds, however long a run gets.
+From some hundred evaluations on, inducing points stand for them (`InducingProcess`), fewer
+directions of each are looked at, and of very many evaluations only the newest, which lie where
+answers come from; hyperparameters are fitted to parts of them in turn. So a fit takes a second or
+two, however long a run gets.
 
 What it does not know: budgets and requests. Predictions here are of the search text; intervals for
 fresh text are calibrated elsewhere.
@@ -25,31 +26,26 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
-import gpytorch
 import torch
-from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NanError, NotPSDError
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from unicuco.allocate.curves import AxisCurves
 from unicuco.errors import SurrogateError
-from unicuco.surrogate.kernel import DirectionalMatern, as_rows
+from unicuco.surrogate.inducing import InducingProcess
+from unicuco.surrogate.kernel import as_rows
 from unicuco.surrogate.mean import EPSILON, CurveMean, Known
 from unicuco.surrogate.prior import Prior
+from unicuco.surrogate.process import ExactProcess, Rows
 from unicuco.tensors import named_under
 
 _LOG = logging.getLogger(__name__)
 # Of the noise of a derivative, as a share of the evaluation's typical one.
 _DERIVATIVE_FLOOR: Final = 0.1
 _MIN_VARIANCE: Final = 1e-6  # of a derivative of nothing, so that the covariance can be factored
-_TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fifth of a log unit
-_LEARNING_RATE: Final = 0.05
 _LARGEST_SCALE: Final = 30.0  # of the deviation: beyond, the fit is worth nothing anyway
-_MOST: Final = math.log(8)  # of a factor by which more rows may change the scale
 _MAX_MEAN: Final = 1024  # evaluations that the mean function is fitted to
 
 
@@ -62,9 +58,10 @@ class SurrogateOptions:
     iterations of the hyperparameter fit. ``value_noise`` and ``derivative_noise`` are standard
     deviations: an evaluation is exact on its text, so that of a value (of log KL) only stands for
     wrinkles that no smooth surface should follow; that of a rank-window derivative, a share of
-    itself, for its own error (DESIGN.md section 8, finding 2). ``rows`` are those of the covariance
-    matrix at most, whose factor takes a tenth of a second; ``tuning_rows`` those that
-    hyperparameters are fitted to, which factors theirs ``steps`` times.
+    itself, for its own error (DESIGN.md section 8, finding 2). ``rows`` are those of an exact
+    process at most; where ``directions`` of all evaluations are more, ``inducing_rows`` of them
+    tell of ``inducing`` points. ``tuning_rows`` are those that hyperparameters are fitted to at a
+    time, which factors theirs ``steps`` times.
     """
 
     curves: bool = True
@@ -73,6 +70,8 @@ class SurrogateOptions:
     value_noise: float = 0.03
     derivative_noise: float = 0.15
     rows: int = 1600
+    inducing: int = 400
+    inducing_rows: int = 8000
     tuning_rows: int = 320
 
 
@@ -129,6 +128,14 @@ class Observations:
             points=self.points[part], values=self.values[part], derivatives=self.derivatives[part]
         )
 
+    def spread(self, count: int) -> Observations:
+        """Return so many of them, evenly spread in age, or all."""
+        last = len(self.points) - 1
+        part = torch.linspace(0, last, min(count, last + 1)).round().long()
+        return Observations(
+            points=self.points[part], values=self.values[part], derivatives=self.derivatives[part]
+        )
+
     @property
     def measured(self) -> Tensor:
         """``n`` bool: which evaluations have derivatives."""
@@ -163,7 +170,7 @@ class GaussianProcess:
         self._other = None if prior is None else GaussianProcess.restore(options, prior.other)
         self.mean_: CurveMean | None = None
         self._constant = 0.0
-        self._model: _Process | None = None
+        self._model: ExactProcess | InducingProcess | None = None
 
     def fit(self, observations: Observations) -> None:
         """Fit mean function and hyperparameters.
@@ -179,17 +186,28 @@ class GaussianProcess:
         use_derivatives = options.directions > 0 and bool(observations.measured.any())
         self._fit_mean(observations.newest(_MAX_MEAN), use_derivatives)
         most = options.directions if use_derivatives else 0
-        known, many = _within(observations, options.rows, most and observations.points.shape[1])
+        fits = len(observations.points) * (most + 1) <= options.rows
+        room = options.rows if fits else options.inducing_rows
+        known, many = _within(observations, room, most and observations.points.shape[1])
         tuning, few = _turns(known, options.tuning_rows, most)
         for steps in (options.steps, 0):
             try:
-                tuned = _Process(self._rows(tuning[-1], few))
+                tuned = ExactProcess(self._rows(tuning[-1], few))
                 tuned.tune(steps, [self._rows(turn, few) for turn in tuning])
-                self._model = _Process(self._rows(known, many))
-                self._model.load_state_dict(tuned.state_dict(), strict=False)
-                self._model.freeze()
-                if steps and len(tuning) > 1:
-                    self._model.rescale()
+                if fits:
+                    exact = ExactProcess(self._rows(known, many))
+                    exact.load_state_dict(tuned.state_dict(), strict=False)
+                    exact.freeze()
+                    if steps and len(tuning) > 1:
+                        exact.rescale()
+                    self._model = exact
+                else:
+                    tuned.freeze()
+                    self._model = InducingProcess.fit(
+                        tuned.covar_module,
+                        known.spread(options.inducing).points,
+                        self._rows(known, many),
+                    )
                 self.posterior(observations.points[:1])
             except (NotPSDError, NanError, RuntimeError) as error:
                 _LOG.warning("surrogate fit with %d steps failed (%s)", steps, error)
@@ -236,10 +254,7 @@ class GaussianProcess:
         """Return everything `restore` needs, as named tensors."""
         if self._model is None:
             raise SurrogateError("the surrogate has not been fitted")
-        tensors = {f"process/{name}": value for name, value in self._model.state_dict().items()}
-        tensors["rows"] = self._model.train_inputs[0]
-        tensors["targets"] = self._model.train_targets
-        tensors["noise"] = self._model.likelihood.noise
+        tensors = self._model.tensors()
         tensors["constant"] = torch.tensor(self._constant, dtype=torch.float64)
         if self.mean_ is not None:
             tensors |= {f"mean/{name}": value for name, value in self.mean_.state().items()}
@@ -250,9 +265,7 @@ class GaussianProcess:
     @classmethod
     def restore(cls, options: SurrogateOptions, state: Mapping[str, Tensor]) -> GaussianProcess:
         """Rebuild a fitted surrogate from `state`, without fitting."""
-        mean, process, prior = (
-            named_under(part, state) for part in ("mean/", "process/", "prior/")
-        )
+        mean, prior = (named_under(part, state) for part in ("mean/", "prior/"))
         surrogate = cls(
             options,
             AxisCurves(mean["curves"]) if mean else None,
@@ -260,10 +273,8 @@ class GaussianProcess:
         )
         surrogate.mean_ = CurveMean.restore(mean) if mean else None
         surrogate._constant = float(state["constant"])
-        model = _Process(_Rows(state["rows"], state["targets"], state["noise"]))
-        model.load_state_dict(process, strict=False)
-        model.freeze()
-        surrogate._model = model
+        process = InducingProcess if "points" in state else ExactProcess
+        surrogate._model = process.restore(state)
         return surrogate
 
     def _fit_mean(self, observations: Observations, use_derivatives: bool) -> None:
@@ -315,7 +326,7 @@ class GaussianProcess:
             return torch.full(points.shape[:1], self._constant, dtype=torch.float64)
         return self.mean_.values(points)
 
-    def _rows(self, observations: Observations, count: int) -> _Rows:
+    def _rows(self, observations: Observations, count: int) -> Rows:
         """Return value rows, and derivative rows along ``count`` directions per evaluation."""
         values = observations.values - self._explained(observations.points)
         rows, targets = [as_rows(observations.points)], [values]
@@ -334,16 +345,7 @@ class GaussianProcess:
                 targets.append((left_over * direction).sum(-1))
                 noise.append((spread * direction).norm(dim=-1))
         variance = torch.cat(noise).square().clamp(min=_MIN_VARIANCE)
-        return _Rows(torch.cat(rows), torch.cat(targets), variance)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Training rows with targets and noise variances."""
-
-    rows: Tensor
-    targets: Tensor
-    noise: Tensor
+        return Rows(torch.cat(rows), torch.cat(targets), variance)
 
 
 def _within(observations: Observations, rows: int, directions: int) -> tuple[Observations, int]:
@@ -378,146 +380,3 @@ def _directions(n: int, d: int, count: int) -> list[Tensor]:
     draws = torch.randn(n, d, count, generator=generator, dtype=torch.float64)
     draws[:, :, 0] = 1.0
     return list(torch.linalg.qr(draws).Q.unbind(-1))
-
-
-class _Process(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch is untyped
-    def __init__(self, data: _Rows) -> None:
-        likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(data.noise)
-        super().__init__(data.rows, data.targets, likelihood)
-        d = (data.rows.shape[1] - 1) // 2
-        variance = float(data.targets[data.rows[:, -1] > 0.5].square().mean().clamp(min=1e-3))
-        self.mean_module = gpytorch.means.ZeroMean()
-        # Lengthscales that grow with the root of d keep distances of order one (Hvarfner et al.,
-        # arXiv 2402.02229).
-        centre = 0.5 * float(torch.tensor(float(d)).log())
-        base = DirectionalMatern(
-            ard_num_dims=d, lengthscale_prior=gpytorch.priors.LogNormalPrior(centre, 0.3)
-        )
-        self.covar_module = gpytorch.kernels.ScaleKernel(
-            base, outputscale_prior=gpytorch.priors.LogNormalPrior(_TYPICAL_LOG_SCALE, 1.0)
-        )
-        self.double()
-        base.lengthscale = torch.full(
-            (1, d), float(torch.tensor(centre).exp()), dtype=torch.float64
-        )
-        self.covar_module.outputscale = torch.tensor(variance, dtype=torch.float64).clamp(min=0.02)
-
-    def forward(self, rows: Tensor) -> Any:
-        return gpytorch.distributions.MultivariateNormal(
-            self.mean_module(rows), self.covar_module(rows)
-        )
-
-    def tune(self, steps: int, turns: Sequence[_Rows]) -> None:
-        """Fit the hyperparameters, each step to one part of what is known after the other."""
-        self.train()
-        self.likelihood.train()
-        objective = gpytorch.mlls.ExactMarginalLogLikelihood(self.likelihood, self)
-        # Small steps from the priors' centre: line searches leap to lengthscales that explain the
-        # noise of one axis, and the predictions are then wild.
-        optimizer = torch.optim.Adam(self.parameters(), lr=_LEARNING_RATE)
-        for step in range(steps):
-            turn = turns[step % len(turns)]
-            self.set_train_data(turn.rows, turn.targets, strict=False)
-            self.likelihood.noise = turn.noise
-            optimizer.zero_grad()
-            with _exact():
-                loss: Tensor = -objective(self(*self.train_inputs), self.train_targets)
-            # The library adds the priors whole, though a step sees a part of what is known.
-            priors = sum(p.log_prob(of(m)).sum() for _, m, p, of, _ in self.named_priors())
-            loss = loss + (1 - 1 / len(turns)) * priors / len(turn.targets)
-            loss.backward()
-            optimizer.step()
-
-    def rescale(self) -> None:
-        """Fit the scale alone to all rows: parts of them leave more unexplained, and so mislead.
-
-        On its own it costs a factor per try, however many lengthscales there are.
-        """
-        rows, targets = self.train_inputs[0], self.train_targets
-        with _exact(), torch.no_grad():
-            shape = self.forward(rows).covariance_matrix / self._scale
-        prior = self.covar_module.outputscale_prior
-
-        def loss(log_scale: float) -> float:
-            scale = torch.tensor(log_scale, dtype=torch.float64).exp()
-            factor = psd_safe_cholesky(scale * shape + self.likelihood.noise.diag())
-            solved = torch.linalg.solve_triangular(factor, targets[:, None], upper=False)
-            likelihood = -0.5 * solved.square().sum() - factor.diagonal().log().sum()
-            return -float(likelihood + prior.log_prob(scale))
-
-        start = float(self._scale.log())
-        found = minimize_scalar(
-            loss, bounds=(start - _MOST, start + _MOST), method="bounded", options={"xatol": 0.05}
-        )
-        self.covar_module.outputscale = math.exp(found.x)
-        del self._scale
-
-    def freeze(self) -> None:
-        """Be done with fitting."""
-        self.eval()
-        self.likelihood.eval()
-        self.requires_grad_(False)
-
-    def predict(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation of the process at ``q x d`` points; differentiable.
-
-        The textbook formulas on a factor kept since the fit: training StratNet asks thousands of
-        times, and the library's prediction strategies cost several times the arithmetic.
-        """
-        factor, weights = self._solved
-        cross = self._scale * self._base.value_rows(points, self.train_inputs[0])  # (q, n)
-        explained = torch.linalg.solve_triangular(factor, cross.mT, upper=False)
-        variance = self._scale - explained.square().sum(0)
-        return cross @ weights, variance.clamp(min=1e-12).sqrt()
-
-    def predict_mean(self, points: Tensor) -> Tensor:
-        """Return the first of what `predict` does, for a fraction of its cost."""
-        _, weights = self._solved
-        return self._scale * self._base.value_rows(points, self.train_inputs[0]) @ weights
-
-    def left_out(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, per value row, its error and variance without its evaluation, and its noise.
-
-        The rows of one point are one evaluation. With P the inverse of the noisy covariance and B
-        the rows of an evaluation, the error of B without itself is P_BB^-1 (P y)_B, and its
-        covariance P_BB^-1 (Rasmussen and Williams 2006, section 5.4.2).
-        """
-        factor, weights = self._solved
-        inverse = torch.cholesky_inverse(factor)
-        rows = self.train_inputs[0]
-        d = (rows.shape[1] - 1) // 2
-        _, evaluation = torch.unique(rows[:, :d], dim=0, return_inverse=True)
-        places = (rows[:, -1] > 0.5).nonzero()[:, 0]
-        errors, variances = [], []
-        for place in places.tolist():
-            block = (evaluation == evaluation[place]).nonzero()[:, 0]
-            covariance = torch.linalg.inv(inverse[block][:, block])
-            own = int((block == place).nonzero())
-            errors.append(covariance[own] @ weights[block])
-            variances.append(covariance[own, own])
-        return torch.stack(errors), torch.stack(variances), self.likelihood.noise[places]
-
-    @cached_property
-    def _scale(self) -> Tensor:
-        scale: Tensor = self.covar_module.outputscale.detach()
-        return scale
-
-    @property
-    def _base(self) -> DirectionalMatern:
-        base: DirectionalMatern = self.covar_module.base_kernel
-        return base
-
-    @cached_property
-    def _solved(self) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of the noisy train covariance, and its inverse times the targets."""
-        rows = self.train_inputs[0]
-        with _exact(), torch.no_grad():
-            prior = self.forward(rows).covariance_matrix + self.likelihood.noise.diag()
-            factor = psd_safe_cholesky(prior)
-        return factor, torch.cholesky_solve(self.train_targets[:, None], factor)[:, 0]
-
-
-def _exact() -> Any:
-    # Cholesky whatever the size; and train caches stay attached to nothing, so that predictions can
-    # be differentiated.
-    return gpytorch.settings.fast_computations(False, False, False)

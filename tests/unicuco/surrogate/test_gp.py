@@ -14,7 +14,7 @@ from torch import Tensor
 from unicuco.allocate import AxisCurves
 from unicuco.errors import SurrogateError
 from unicuco.surrogate import EPSILON, GaussianProcess, Observations, Prior, SurrogateOptions
-from unicuco.surrogate.gp import _Process, _Rows
+from unicuco.surrogate.process import ExactProcess, Rows
 
 D = 5
 WEIGHTS = torch.tensor([0.3, 1.0, 0.1, 0.6, 0.2], dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_left_out_errors_are_those_of_a_process_that_never_saw_the_evaluation(bu
     for number in (0, 5, 13):  # values come first
         point = rows[number, :D]
         others = (rows[:, :D] != point).any(1)
-        without = _Process(_Rows(rows[others], targets[others], noise[others]))
+        without = ExactProcess(Rows(rows[others], targets[others], noise[others]))
         without.load_state_dict(process.state_dict(), strict=False)
         without.freeze()
         mean, std = without.predict(point[None])
@@ -248,14 +248,14 @@ def test_fitting_twice_gives_the_same_to_the_bit(build: Build) -> None:
 def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = _Process.tune
+    real = ExactProcess.tune
 
-    def fail(self: _Process, steps: int, turns: Sequence[_Rows]) -> None:
+    def fail(self: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
         if steps:
             raise NotPSDError("not positive definite")
         real(self, steps, turns)
 
-    monkeypatch.setattr(_Process, "tune", fail)
+    monkeypatch.setattr(ExactProcess, "tune", fail)
     with caplog.at_level(logging.WARNING):
         surrogate = fitted(MODES["derivatives on curves"])
     assert "not positive definite" in caplog.text
@@ -263,10 +263,10 @@ def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
 
 
 def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: _Process, steps: int, turns: Sequence[_Rows]) -> None:
+    def fail(self: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
         raise NotPSDError("not positive definite")
 
-    monkeypatch.setattr(_Process, "tune", fail)
+    monkeypatch.setattr(ExactProcess, "tune", fail)
     with pytest.raises(SurrogateError, match="even at its prior"):
         fitted(MODES["values"])
 
@@ -274,14 +274,14 @@ def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.Monk
 def test_hyperparameters_that_are_not_finite_count_as_a_failed_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = _Process.tune
+    real = ExactProcess.tune
 
-    def spoil(self: _Process, steps: int, turns: Sequence[_Rows]) -> None:
+    def spoil(self: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
         real(self, steps, turns)
         if steps:
             self.covar_module.raw_outputscale.data.fill_(float("nan"))
 
-    monkeypatch.setattr(_Process, "tune", spoil)
+    monkeypatch.setattr(ExactProcess, "tune", spoil)
     with caplog.at_level(logging.WARNING):
         surrogate = fitted(MODES["values"])
     assert "surrogate fit" in caplog.text
@@ -324,24 +324,25 @@ def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = error(fitted(build, 14))
-    factored: list[int] = []
+    factored: list[int] = []  # but by the fit of hyperparameters
     factor = psd_safe_cholesky
 
     def note(matrix: Tensor) -> Tensor:
         factored.append(len(matrix))
         return factor(matrix)
 
-    tuned: list[Sequence[_Rows]] = []
-    tune = _Process.tune
+    tuned: list[Sequence[Rows]] = []
+    tune = ExactProcess.tune
 
-    def note_turns(process: _Process, steps: int, turns: Sequence[_Rows]) -> None:
+    def note_turns(process: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
         tuned.append(turns)
         tune(process, steps, turns)
 
-    monkeypatch.setattr("unicuco.surrogate.gp.psd_safe_cholesky", note)
-    monkeypatch.setattr(_Process, "tune", note_turns)
+    for module in ("process", "inducing"):
+        monkeypatch.setattr(f"unicuco.surrogate.{module}.psd_safe_cholesky", note)
+    monkeypatch.setattr(ExactProcess, "tune", note_turns)
     surrogate = fitted(build, 2000)
-    assert 1000 < max(factored) <= 1600
+    assert set(factored) == {SurrogateOptions().inducing}
     (turns,) = tuned
     assert all(200 < len(turn.targets) <= 320 for turn in turns)
     assert len(turns) > 1, "all that is known is tuned to, part by part"
