@@ -9,10 +9,11 @@ Which directions: all axes where there is room for them, else the uniform one an
 duplicates are merged; a fit that fails numerically falls back to the hyperparameters' priors before
 it gives up.
 
-From some hundred evaluations on, inducing points stand for them (`InducingProcess`), fewer
-directions of each are looked at, and of very many evaluations only the newest, which lie where
-answers come from; hyperparameters are fitted to parts of them in turn. So a fit takes a second or
-two, however long a run gets.
+The more evaluations, the fewer directions of each are looked at. Where not even one has room in
+the exact process, which is the better one as long as it has, inducing points stand for them
+(`InducingProcess`), and of very many evaluations only the newest are looked at, which lie where
+answers come from. Hyperparameters are fitted to parts of them in turn. So a fit takes seconds,
+however long a run gets.
 
 What it does not know: budgets and requests. Predictions here are of the search text; intervals for
 fresh text are calibrated elsewhere.
@@ -59,9 +60,9 @@ class SurrogateOptions:
     deviations: an evaluation is exact on its text, so that of a value (of log KL) only stands for
     wrinkles that no smooth surface should follow; that of a rank-window derivative, a share of
     itself, for its own error (DESIGN.md section 8, finding 2). ``rows`` are those of an exact
-    process at most; where ``directions`` of all evaluations are more, ``inducing_rows`` of them
-    tell of ``inducing`` points. ``tuning_rows`` are those that hyperparameters are fitted to at a
-    time, which factors theirs ``steps`` times.
+    process at most; where the evaluations with one direction each are more, ``inducing_rows`` of
+    them tell of ``inducing`` points. ``tuning_rows`` are those that hyperparameters are fitted to
+    at a time, which factors theirs ``steps`` times.
     """
 
     curves: bool = True
@@ -116,22 +117,20 @@ class Observations:
 
     def newest(self, count: int) -> Observations:
         """Return the last ``count`` of them, or all."""
-        last = slice(-count, None)
-        return Observations(
-            points=self.points[last], values=self.values[last], derivatives=self.derivatives[last]
-        )
+        return self._at(slice(-count, None))
 
     def every(self, stride: int, start: int) -> Observations:
         """Return every ``stride``-th of them."""
-        part = slice(start, None, stride)
-        return Observations(
-            points=self.points[part], values=self.values[part], derivatives=self.derivatives[part]
-        )
+        return self._at(slice(start, None, stride))
 
-    def spread(self, count: int) -> Observations:
-        """Return so many of them, evenly spread in age, or all."""
-        last = len(self.points) - 1
-        part = torch.linspace(0, last, min(count, last + 1)).round().long()
+    def leaning_to_newest(self, count: int) -> Observations:
+        """Return so many of them, or all: one half the newest, the other evenly spread in age."""
+        count = min(count, len(self.points))
+        older = len(self.points) - count // 2
+        spread = torch.linspace(0, older - 1, count - count // 2).round().long()
+        return self._at(torch.cat([spread, torch.arange(older, len(self.points))]))
+
+    def _at(self, part: slice | Tensor) -> Observations:
         return Observations(
             points=self.points[part], values=self.values[part], derivatives=self.derivatives[part]
         )
@@ -186,7 +185,7 @@ class GaussianProcess:
         use_derivatives = options.directions > 0 and bool(observations.measured.any())
         self._fit_mean(observations.newest(_MAX_MEAN), use_derivatives)
         most = options.directions if use_derivatives else 0
-        fits = len(observations.points) * (most + 1) <= options.rows
+        fits = len(observations.points) * (2 if most else 1) <= options.rows
         room = options.rows if fits else options.inducing_rows
         known, many = _within(observations, room, most and observations.points.shape[1])
         tuning, few = _turns(known, options.tuning_rows, most)
@@ -205,7 +204,7 @@ class GaussianProcess:
                     tuned.freeze()
                     self._model = InducingProcess.fit(
                         tuned.covar_module,
-                        known.spread(options.inducing).points,
+                        known.leaning_to_newest(options.inducing).points,
                         self._rows(known, many),
                     )
                 self.posterior(observations.points[:1])
@@ -240,6 +239,9 @@ class GaussianProcess:
 
         One evaluation with all its derivatives is left out at a time (the mean function and the
         hyperparameters have seen it). At least 1.
+
+        Raises:
+            SurrogateError: not fitted, or restored and by inducing points: its rows are not kept.
         """
         if self._model is None:
             raise SurrogateError("the surrogate has not been fitted")

@@ -15,6 +15,7 @@ from typing import Any, Final
 import gpytorch
 import torch
 from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.errors import NanError
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -51,7 +52,13 @@ def make_kernel(d: int) -> Any:
 
 
 def fit_scale(loss: Callable[[float], float], start: float) -> float:
-    """Return the scale near ``start`` whose logarithm has the least loss."""
+    """Return the scale near ``start`` whose logarithm has the least loss.
+
+    Raises:
+        NanError: ``start`` is no positive number.
+    """
+    if not 0 < start < math.inf:
+        raise NanError(f"the scale became {start}")
     log = math.log(start)
     found = minimize_scalar(
         loss, bounds=(log - _MOST, log + _MOST), method="bounded", options={"xatol": 0.05}

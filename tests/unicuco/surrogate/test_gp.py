@@ -14,6 +14,7 @@ from torch import Tensor
 from unicuco.allocate import AxisCurves
 from unicuco.errors import SurrogateError
 from unicuco.surrogate import EPSILON, GaussianProcess, Observations, Prior, SurrogateOptions
+from unicuco.surrogate.inducing import InducingProcess
 from unicuco.surrogate.process import ExactProcess, Rows
 
 D = 5
@@ -43,8 +44,10 @@ def observe(n: int, seed: int, *, derivatives: bool) -> Observations:
     )
 
 
-def make(*, use_curves: bool, directions: int, steps: int = 30) -> GaussianProcess:
-    options = SurrogateOptions(curves=use_curves, directions=directions, steps=steps)
+def make(
+    *, use_curves: bool, directions: int, steps: int = 30, rows: int = 1600
+) -> GaussianProcess:
+    options = SurrogateOptions(curves=use_curves, directions=directions, steps=steps, rows=rows)
     return GaussianProcess(options, curves() if use_curves else None)
 
 
@@ -53,6 +56,7 @@ MODES = {
     "values on curves": lambda: make(use_curves=True, directions=0),
     "derivatives": lambda: make(use_curves=False, directions=4),
     "derivatives on curves": lambda: make(use_curves=True, directions=4),
+    "inducing points": lambda: make(use_curves=True, directions=4, rows=3),
 }
 modes = pytest.mark.parametrize("build", list(MODES.values()), ids=list(MODES))
 Build = Callable[[], GaussianProcess]
@@ -94,7 +98,8 @@ def test_it_foretells_what_was_not_measured(build: Build) -> None:
 @modes
 def test_left_out_errors_are_those_of_a_process_that_never_saw_the_evaluation(build: Build) -> None:
     process = fitted(build)._model
-    assert process is not None
+    if not isinstance(process, ExactProcess):
+        return  # see test_inducing
     rows, targets, noise = (
         process.train_inputs[0],
         process.train_targets,
@@ -271,8 +276,13 @@ def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.Monk
         fitted(MODES["values"])
 
 
+@modes
+@pytest.mark.parametrize("count", [14, 80])  # tuned on all at once, and in turns
 def test_hyperparameters_that_are_not_finite_count_as_a_failed_fit(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    build: Build,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     real = ExactProcess.tune
 
@@ -283,7 +293,7 @@ def test_hyperparameters_that_are_not_finite_count_as_a_failed_fit(
 
     monkeypatch.setattr(ExactProcess, "tune", spoil)
     with caplog.at_level(logging.WARNING):
-        surrogate = fitted(MODES["values"])
+        surrogate = fitted(build, count)
     assert "surrogate fit" in caplog.text
     assert bool(torch.isfinite(surrogate.posterior(fresh_points())[0]).all())
 
@@ -306,6 +316,30 @@ def test_no_evaluation_at_all_is_an_error() -> None:
     )
     with pytest.raises(SurrogateError, match="at least two different"):
         make(use_curves=False, directions=0).fit(nothing)
+
+
+def test_inducing_points_stand_for_evaluations_where_one_direction_each_has_no_room() -> None:
+    kinds = {}
+    for count in (10, 11):
+        surrogate = make(use_curves=True, directions=4, rows=20)
+        surrogate.fit(observe(count, 1, derivatives=True))
+        kinds[count] = type(surrogate._model)
+    assert kinds == {10: ExactProcess, 11: InducingProcess}
+
+
+def test_a_run_warmed_by_one_of_inducing_points_knows_what_that_one_knew() -> None:
+    other = fitted(MODES["inducing points"], 40)
+    assert other.mean_ is not None
+    prior = Prior(centre=other.mean_.parameters, other=other.state(), places=torch.eye(D).double())
+    warmed = GaussianProcess(SurrogateOptions(directions=4), curves(), prior)
+    warmed.fit(observe(3, 7, derivatives=True))
+    cold = make(use_curves=True, directions=4)
+    cold.fit(observe(3, 7, derivatives=True))
+    assert error(warmed) < error(cold)
+    restored = GaussianProcess.restore(warmed.options, warmed.state())
+    assert torch.equal(restored.posterior(fresh_points())[0], warmed.posterior(fresh_points())[0])
+    with pytest.raises(SurrogateError, match="has not kept its rows"):
+        GaussianProcess.restore(other.options, other.state()).deviation_scale()
 
 
 def test_nothing_is_asked_before_the_fit() -> None:
@@ -342,7 +376,7 @@ def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
         monkeypatch.setattr(f"unicuco.surrogate.{module}.psd_safe_cholesky", note)
     monkeypatch.setattr(ExactProcess, "tune", note_turns)
     surrogate = fitted(build, 2000)
-    assert set(factored) == {SurrogateOptions().inducing}
+    assert set(factored) == {surrogate.options.inducing}
     (turns,) = tuned
     assert all(200 < len(turn.targets) <= 320 for turn in turns)
     assert len(turns) > 1, "all that is known is tuned to, part by part"
