@@ -71,7 +71,7 @@ class SurrogateOptions:
     value_noise: float = 0.03
     derivative_noise: float = 0.15
     rows: int = 1600
-    inducing: int = 400
+    inducing: int = 600
     inducing_rows: int = 8000
     tuning_rows: int = 320
 

@@ -3,12 +3,12 @@
 What is known of the function is taken to be its values u at m of the evaluated points; all N rows,
 values and derivatives alike, tell of them. That is the projected process (deterministic training
 conditional; Seeger et al. 2003, Quinonero-Candela and Rasmussen 2005, section 5), and deviations
-count what u leaves open as the exact process does. Fitting costs m^2 N, predicting m^2: with 400
+count what u leaves open as the exact process does. Fitting costs m^2 N, predicting m^2: with 600
 points and 8,000 rows less than an exact process of 1,600 rows. Of 2,000 evaluations it foretells
 better, for it has seen more of them (`python -m benchmarks.refit`). Of a few hundred it would not:
 u says little of a derivative then, and what it leaves open of one passes for signal. Where axes
-interact strongly some of that remains, and `left_out` errors are large for their variances, so that
-deviations are scaled up.
+interact strongly some of that remains: `left_out` errors are then large for their variances, so
+that deviations are scaled up, and near the newest evaluations the exact process may be ahead.
 
 The scale is, near the one that it is given, the likeliest a posteriori given u, by its closed form
 along the eigenvectors of what the rows tell. The variational bound (Titsias 2009) also takes off
