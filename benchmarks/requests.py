@@ -39,10 +39,9 @@ from unicuco.pipeline.texts import learning_texts, window_length
 
 SEARCH: Final = "evopress"
 LLMCOMPRESSOR: Final = "llmcompressor==0.14.0"
-COPY: Final = "copy"
 _CALIBRATED_LONGER: Final = "llmcompressor-wanda-128"
 METHODS: Final = (
-    "stratnet", COPY, "wanda", "owl", "llmcompressor-wanda", _CALIBRATED_LONGER,
+    "stratnet", "copy", "wanda", "owl", "llmcompressor-wanda", _CALIBRATED_LONGER,
     "llmcompressor-sparsegpt", SEARCH,
 )  # fmt: skip
 _AT: Final = (1, 8, 64)
