@@ -35,7 +35,7 @@ from torch import Tensor
 
 from unicuco.allocate.curves import AxisCurves
 from unicuco.errors import SurrogateError
-from unicuco.surrogate.inducing import InducingProcess
+from unicuco.surrogate.inducing import InducingProcess, tuned_kernel
 from unicuco.surrogate.kernel import as_rows
 from unicuco.surrogate.mean import EPSILON, CurveMean, Known
 from unicuco.surrogate.prior import Prior
@@ -60,9 +60,10 @@ class SurrogateOptions:
     deviations: an evaluation is exact on its text, so that of a value (of log KL) only stands for
     wrinkles that no smooth surface should follow; that of a rank-window derivative, a share of
     itself, for its own error (DESIGN.md section 8, finding 2). ``rows`` are those of an exact
-    process at most; where the evaluations with one direction each are more, ``inducing_rows`` of
-    them tell of ``inducing`` points. ``tuning_rows`` are those that hyperparameters are fitted to
-    at a time, which factors theirs ``steps`` times.
+    process at most, and ``tuning_rows`` those that its hyperparameters are fitted to at a time,
+    which factors theirs ``steps`` times. Where the evaluations with one direction each are more
+    than ``rows``, ``inducing_rows`` of them tell of ``inducing`` points, and hyperparameters are
+    fitted to ``inducing_tuning_rows`` at a time by ``inducing_tuning`` points.
     """
 
     curves: bool = True
@@ -71,9 +72,11 @@ class SurrogateOptions:
     value_noise: float = 0.03
     derivative_noise: float = 0.15
     rows: int = 1600
+    tuning_rows: int = 320
     inducing: int = 600
     inducing_rows: int = 8000
-    tuning_rows: int = 320
+    inducing_tuning: int = 150
+    inducing_tuning_rows: int = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,28 +188,13 @@ class GaussianProcess:
         use_derivatives = options.directions > 0 and bool(observations.measured.any())
         self._fit_mean(observations.newest(_MAX_MEAN), use_derivatives)
         most = options.directions if use_derivatives else 0
-        fits = len(observations.points) * (2 if most else 1) <= options.rows
-        room = options.rows if fits else options.inducing_rows
-        known, many = _within(observations, room, most and observations.points.shape[1])
-        tuning, few = _turns(known, options.tuning_rows, most)
+        is_small = len(observations.points) * (2 if most else 1) <= options.rows
         for steps in (options.steps, 0):
             try:
-                tuned = ExactProcess(self._rows(tuning[-1], few))
-                tuned.tune(steps, [self._rows(turn, few) for turn in tuning])
-                if fits:
-                    exact = ExactProcess(self._rows(known, many))
-                    exact.load_state_dict(tuned.state_dict(), strict=False)
-                    exact.freeze()
-                    if steps and len(tuning) > 1:
-                        exact.rescale()
-                    self._model = exact
+                if is_small:
+                    self._model = self._exact(observations, most, steps)
                 else:
-                    tuned.freeze()
-                    self._model = InducingProcess.fit(
-                        tuned.covar_module,
-                        known.leaning_to_newest(options.inducing).points,
-                        self._rows(known, many),
-                    )
+                    self._model = self._inducing(observations, most, steps)
                 self.posterior(observations.points[:1])
             except (NotPSDError, NanError, RuntimeError) as error:
                 _LOG.warning("surrogate fit with %d steps failed (%s)", steps, error)
@@ -279,6 +267,31 @@ class GaussianProcess:
         surrogate._model = process.restore(state)
         return surrogate
 
+    def _exact(self, observations: Observations, most: int, steps: int) -> ExactProcess:
+        d = observations.points.shape[1]
+        known, many = _within(observations, self.options.rows, most and d)
+        turns = self._turns(known, self.options.tuning_rows, most)
+        tuned = ExactProcess(turns[-1])
+        tuned.tune(steps, turns)
+        exact = ExactProcess(self._rows(known, many))
+        exact.load_state_dict(tuned.state_dict(), strict=False)
+        exact.freeze()
+        if steps and len(turns) > 1:
+            exact.rescale()
+        return exact
+
+    def _inducing(self, observations: Observations, most: int, steps: int) -> InducingProcess:
+        options = self.options
+        d = observations.points.shape[1]
+        known, many = _within(observations, options.inducing_rows, most and d)
+        # Values tell most, and with one derivative each most of them have room.
+        turns = self._turns(known, options.inducing_tuning_rows, min(most, 1))
+        return InducingProcess.fit(
+            tuned_kernel(turns, steps, options.inducing_tuning),
+            known.leaning_to_newest(options.inducing).points,
+            self._rows(known, many),
+        )
+
     def _fit_mean(self, observations: Observations, use_derivatives: bool) -> None:
         self._constant = float(observations.values.mean())
         if self.curves is None or not self.options.curves:
@@ -328,6 +341,12 @@ class GaussianProcess:
             return torch.full(points.shape[:1], self._constant, dtype=torch.float64)
         return self.mean_.values(points)
 
+    def _turns(self, observations: Observations, rows: int, directions: int) -> list[Rows]:
+        """Divide evaluations into parts of so many rows, alike in age."""
+        _, each = _within(observations, rows, directions)
+        num_turns = -(-len(observations.points) // (rows // (each + 1)))
+        return [self._rows(observations.every(num_turns, turn), each) for turn in range(num_turns)]
+
     def _rows(self, observations: Observations, count: int) -> Rows:
         """Return value rows, and derivative rows along ``count`` directions per evaluation."""
         values = observations.values - self._explained(observations.points)
@@ -358,15 +377,6 @@ def _within(observations: Observations, rows: int, directions: int) -> tuple[Obs
     """
     each = min(directions, max(1, rows // len(observations.points) - 1))
     return observations.newest(rows // (each + 1)), each
-
-
-def _turns(
-    observations: Observations, rows: int, directions: int
-) -> tuple[list[Observations], int]:
-    """Divide evaluations into parts of so many rows, alike in age, and say how many directions."""
-    _, each = _within(observations, rows, directions)
-    num_turns = -(-len(observations.points) // (rows // (each + 1)))
-    return [observations.every(num_turns, turn) for turn in range(num_turns)], each
 
 
 def _directions(n: int, d: int, count: int) -> list[Tensor]:

@@ -71,7 +71,7 @@ class DirectionalMatern(gpytorch.kernels.Kernel):  # type: ignore[misc]  # gpyto
         What `forward` gives for value rows on the left, without the parts that are then zero.
         """
         d = points.shape[-1]
-        lengthscale: Tensor = self.lengthscale[0].detach()
+        lengthscale: Tensor = self.lengthscale[0]
         scale = 1.0 / lengthscale
         p1, p2, v2, a2 = points * scale, rows[:, :d] * scale, rows[:, d:-1] * scale, rows[:, -1]
         along2 = p1 @ v2.mT - (p2 * v2).sum(-1)

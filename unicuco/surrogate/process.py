@@ -1,7 +1,7 @@
 """The Gaussian process over value and derivative rows, exact: its hyperparameters and predictions.
 
-What it does not know: mean functions, and which rows of which evaluations it is given. Of more rows
-than can be factored, `unicuco.surrogate.inducing` predicts by the hyperparameters found here.
+What it does not know: mean functions, and which rows of which evaluations it is given. More rows
+than can be factored are for `unicuco.surrogate.inducing`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from unicuco.tensors import named_under
 
 _TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fifth of a log unit
 _LEARNING_RATE: Final = 0.05
+_LEAST_SCALE: Final = 0.02  # that fitting starts from
 _MOST: Final = math.log(8)  # of a factor by which more rows may change the scale
 
 
@@ -34,6 +35,11 @@ class Rows:
     rows: Tensor
     targets: Tensor
     noise: Tensor
+
+    @property
+    def is_value(self) -> Tensor:
+        """Which rows are values; bool."""
+        return self.rows[:, -1] > 0.5
 
 
 def make_kernel(d: int) -> Any:
@@ -49,6 +55,40 @@ def make_kernel(d: int) -> Any:
     ).double()
     base.lengthscale = torch.full((1, d), math.exp(centre), dtype=torch.float64)
     return kernel
+
+
+def kernel_for(data: Rows) -> Any:
+    """Return `make_kernel`'s with a scale of the size of what there is to explain."""
+    kernel = make_kernel((data.rows.shape[1] - 1) // 2)
+    kernel.outputscale = data.targets[data.is_value].square().mean().clamp(min=_LEAST_SCALE)
+    return kernel
+
+
+def ascend(
+    kernel: Any,  # gpytorch is untyped
+    turns: Sequence[Rows],
+    log_likelihood: Callable[[Rows], Tensor],
+    rates: Sequence[float],
+) -> None:
+    """Fit hyperparameters a posteriori: a step of Adam per rate, each to the next part of the rows.
+
+    Args:
+        kernel: its parameters are moved.
+        turns: the parts, in turns.
+        log_likelihood: of one part, by the kernel.
+        rates: of learning.
+    """
+    optimizer = torch.optim.Adam(kernel.parameters())
+    for step, rate in enumerate(rates):
+        turn = turns[step % len(turns)]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        # A step sees a part of what is known, and so much of the priors.
+        priors = sum(p.log_prob(of(m)).sum() for _, m, p, of, _ in kernel.named_priors())
+        loss = -(log_likelihood(turn) + priors / len(turns)) / len(turn.targets)
+        loss.backward()
+        optimizer.step()
 
 
 def fit_scale(loss: Callable[[float], float], start: float) -> float:
@@ -84,11 +124,9 @@ class ExactProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch i
     def __init__(self, data: Rows) -> None:
         likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(data.noise)
         super().__init__(data.rows, data.targets, likelihood)
-        variance = float(data.targets[data.rows[:, -1] > 0.5].square().mean().clamp(min=1e-3))
         self.mean_module = gpytorch.means.ZeroMean()
-        self.covar_module = make_kernel((data.rows.shape[1] - 1) // 2)
+        self.covar_module = kernel_for(data)
         self.double()
-        self.covar_module.outputscale = torch.tensor(variance, dtype=torch.float64).clamp(min=0.02)
 
     @classmethod
     def restore(cls, state: Mapping[str, Tensor]) -> ExactProcess:
@@ -117,22 +155,17 @@ class ExactProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch i
         """Fit the hyperparameters, each step to one part of what is known after the other."""
         self.train()
         self.likelihood.train()
-        objective = gpytorch.mlls.ExactMarginalLogLikelihood(self.likelihood, self)
-        # Small steps from the priors' centre: line searches leap to lengthscales that explain the
-        # noise of one axis, and the predictions are then wild.
-        optimizer = torch.optim.Adam(self.parameters(), lr=_LEARNING_RATE)
-        for step in range(steps):
-            turn = turns[step % len(turns)]
+
+        def log_likelihood(turn: Rows) -> Tensor:
             self.set_train_data(turn.rows, turn.targets, strict=False)
             self.likelihood.noise = turn.noise
-            optimizer.zero_grad()
             with _exact():
-                loss: Tensor = -objective(self(*self.train_inputs), self.train_targets)
-            # The library adds the priors whole, though a step sees a part of what is known.
-            priors = sum(p.log_prob(of(m)).sum() for _, m, p, of, _ in self.named_priors())
-            loss = loss + (1 - 1 / len(turns)) * priors / len(turn.targets)
-            loss.backward()
-            optimizer.step()
+                found: Tensor = self.likelihood(self(turn.rows)).log_prob(turn.targets)
+            return found
+
+        # Small steps from the priors' centre: line searches leap to lengthscales that explain the
+        # noise of one axis, and the predictions are then wild.
+        ascend(self.covar_module, turns, log_likelihood, [_LEARNING_RATE] * steps)
 
     def rescale(self) -> None:
         """Fit the scale alone to all rows: parts of them leave more unexplained, and so mislead.

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from unicuco.allocate import AxisCurves
 from unicuco.errors import SurrogateError
 from unicuco.surrogate import EPSILON, GaussianProcess, Observations, Prior, SurrogateOptions
 from unicuco.surrogate.inducing import InducingProcess
-from unicuco.surrogate.process import ExactProcess, Rows
+from unicuco.surrogate.process import ExactProcess, Rows, ascend
 
 D = 5
 WEIGHTS = torch.tensor([0.3, 1.0, 0.1, 0.6, 0.2], dtype=torch.float64)
@@ -254,14 +255,11 @@ def test_fitting_twice_gives_the_same_to_the_bit(build: Build) -> None:
 def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = ExactProcess.tune
-
-    def fail(self: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
-        if steps:
+    def fail(kernel: Any, turns: Sequence[Rows], function: Any, rates: Sequence[float]) -> None:
+        if rates:
             raise NotPSDError("not positive definite")
-        real(self, steps, turns)
 
-    monkeypatch.setattr(ExactProcess, "tune", fail)
+    replace_ascend(monkeypatch, fail)
     with caplog.at_level(logging.WARNING):
         surrogate = fitted(MODES["derivatives on curves"])
     assert "not positive definite" in caplog.text
@@ -269,12 +267,17 @@ def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
 
 
 def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
+    def fail(*arguments: object) -> None:
         raise NotPSDError("not positive definite")
 
-    monkeypatch.setattr(ExactProcess, "tune", fail)
+    replace_ascend(monkeypatch, fail)
     with pytest.raises(SurrogateError, match="even at its prior"):
         fitted(MODES["values"])
+
+
+def replace_ascend(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> None:
+    for module in ("process", "inducing"):
+        monkeypatch.setattr(f"unicuco.surrogate.{module}.ascend", function)
 
 
 @modes
@@ -285,14 +288,12 @@ def test_hyperparameters_that_are_not_finite_count_as_a_failed_fit(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    real = ExactProcess.tune
+    def spoil(kernel: Any, turns: Sequence[Rows], function: Any, rates: Sequence[float]) -> None:
+        ascend(kernel, turns, function, rates)
+        if rates:
+            kernel.raw_outputscale.data.fill_(float("nan"))
 
-    def spoil(self: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
-        real(self, steps, turns)
-        if steps:
-            self.covar_module.raw_outputscale.data.fill_(float("nan"))
-
-    monkeypatch.setattr(ExactProcess, "tune", spoil)
+    replace_ascend(monkeypatch, spoil)
     with caplog.at_level(logging.WARNING):
         surrogate = fitted(build, count)
     assert "surrogate fit" in caplog.text
@@ -359,7 +360,7 @@ def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = error(fitted(build, 14))
-    factored: list[int] = []  # but by the fit of hyperparameters
+    factored: list[int] = []
     factor = psd_safe_cholesky
 
     def note(matrix: Tensor) -> Tensor:
@@ -367,19 +368,19 @@ def test_a_fit_to_very_many_evaluations_factors_no_more_rows_than_one_to_many(
         return factor(matrix)
 
     tuned: list[Sequence[Rows]] = []
-    tune = ExactProcess.tune
 
-    def note_turns(process: ExactProcess, steps: int, turns: Sequence[Rows]) -> None:
+    def note_turns(kernel: Any, turns: Sequence[Rows], *others: Any) -> None:
         tuned.append(turns)
-        tune(process, steps, turns)
+        ascend(kernel, turns, *others)
 
     for module in ("process", "inducing"):
         monkeypatch.setattr(f"unicuco.surrogate.{module}.psd_safe_cholesky", note)
-    monkeypatch.setattr(ExactProcess, "tune", note_turns)
+    replace_ascend(monkeypatch, note_turns)
     surrogate = fitted(build, 2000)
-    assert set(factored) == {surrogate.options.inducing}
+    options = surrogate.options
+    assert set(factored) == {options.inducing_tuning, options.inducing}
     (turns,) = tuned
-    assert all(200 < len(turn.targets) <= 320 for turn in turns)
+    assert all(600 < len(turn.targets) <= options.inducing_tuning_rows for turn in turns)
     assert len(turns) > 1, "all that is known is tuned to, part by part"
     assert error(surrogate) < few
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unicuco.errors import SurrogateError
-from unicuco.surrogate.inducing import InducingProcess
+from unicuco.surrogate.inducing import InducingProcess, log_likelihood, tuned_kernel
 from unicuco.surrogate.kernel import as_rows
 from unicuco.surrogate.process import ExactProcess, Rows, make_kernel
 
@@ -75,6 +75,31 @@ def test_with_every_point_inducing_it_is_the_exact_process() -> None:
     exact.freeze()
     for own, other in zip(process.predict(asked), exact.predict(asked), strict=True):
         assert torch.allclose(own, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("derivatives", [False, True])
+def test_hyperparameters_are_judged_by_the_likelihood_of_rows_that_are_independent_given_u(
+    derivatives: bool,
+) -> None:
+    known, inducing, made = data(40, derivatives=derivatives), points(9, 2), kernel()
+    k, u, scale = made.base_kernel.forward, as_rows(inducing), made.outputscale
+    projected = k(known.rows, u) @ torch.linalg.inv(k(u, u)) @ k(u, known.rows)
+    left_open = k(known.rows, known.rows).diag() - projected.diag()
+    covariance = scale * (projected + left_open.diag()) + known.noise.diag()
+    normal = torch.distributions.MultivariateNormal(torch.zeros(len(covariance)), covariance)
+    found = log_likelihood(made, inducing, known)
+    assert float(found) == pytest.approx(float(normal.log_prob(known.targets)), rel=1e-6)
+
+
+def test_tuning_finds_the_axis_that_matters() -> None:
+    where = points(200, 4)
+    targets = 0.5 * torch.sin(6 * where[:, 0]) + 0.1 * where[:, 1]
+    noise = torch.full_like(targets, 1e-4)
+    turns = [Rows(as_rows(where[k::2]), targets[k::2], noise[k::2]) for k in range(2)]
+    lengths = tuned_kernel(turns, 40, 30).base_kernel.lengthscale[0]
+    assert lengths[0] < 0.5 * min(lengths[1:])
+    untouched = tuned_kernel(turns, 0, 30).base_kernel.lengthscale[0]
+    assert torch.equal(untouched, make_kernel(D).base_kernel.lengthscale[0])
 
 
 def test_its_scale_is_the_most_likely_one() -> None:
