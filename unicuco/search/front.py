@@ -3,10 +3,11 @@
 Every round fits the surrogate to all visible evaluations, trains a fresh StratNet through it, and
 asks what that network would answer to targets spread over the learned range. So evaluations are
 spent where answers will come from, each tells the slope along every axis there, and the next
-network walks down that slope: a descent of all targets together whose memory is the surrogate. The
-first two rounds, which may see nothing, ask what the Fisher allocation answers, then points between
-the uniform one and it. Where another run guides this one, they ask what that would answer, and its
-surrogate is the prior of this one's (`unicuco.search.transfer`).
+network walks down that slope: a descent of all targets together whose memory is the surrogate.
+While fewer than two evaluations are visible, in the first two rounds at least, the first three ask
+what the Fisher allocation answers and the next ones points between the uniform allocation and it.
+Where another run guides this one, they ask what that would answer, and its surrogate is the prior
+of this one's (`unicuco.search.transfer`).
 
 What it does not know: how evaluations are run, and when to stop.
 """
@@ -33,7 +34,7 @@ from unicuco.types import Ask, Evaluation, Outcome, Strategy
 _ROUND: Final = 3
 _GOLDEN: Final = 0.6180339887498949  # multiples modulo 1 spread evenly, however many there are
 # (target as a share of the learned range, share of the way from uniform to Fisher) of the blind
-# rounds: first where answers come from as far as is known, then what tells it apart from others.
+# evaluations: first where answers come from as far as is known, then points that tell of others.
 _WARM_UP: Final = ((0.3, 1.0), (0.9, 1.0), (0.6, 1.0), (0.25, 0.9), (0.75, 0.15), (0.55, 0.0))
 _FROM: Final = 0.3  # share of the learned range where asking begins: below, all is nearly additive
 

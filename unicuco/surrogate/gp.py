@@ -344,7 +344,7 @@ class GaussianProcess:
     def _turns(self, observations: Observations, rows: int, directions: int) -> list[Rows]:
         """Divide evaluations into parts of so many rows, alike in age."""
         _, each = _within(observations, rows, directions)
-        num_turns = -(-len(observations.points) // (rows // (each + 1)))
+        num_turns = -(-len(observations.points) // max(1, rows // (each + 1)))
         return [self._rows(observations.every(num_turns, turn), each) for turn in range(num_turns)]
 
     def _rows(self, observations: Observations, count: int) -> Rows:

@@ -16,8 +16,9 @@ a step sees three times the rows that an exact one could in its time, and finds 
 most, whose lengthscales the latter hardly moves. Predictions count it as signal, and the scale is
 then, near the one found, the likeliest a posteriori given u, by its closed form along the
 eigenvectors of what the rows tell. With FITC's noise predictions are worse, and its scale is half
-as large. The variational bound (Titsias 2009) also takes off what u leaves open, and then chooses
-scales a tenth as large and deviations that are too small.
+as large. Noise far beyond what the rows are said to have is followed more closely than by small
+steps of the exact likelihood. The variational bound (Titsias 2009) also takes off what u leaves
+open, and then chooses scales a tenth as large and deviations that are too small.
 
 What it does not know: mean functions, and which rows it is given.
 
@@ -37,7 +38,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from unicuco.errors import SurrogateError
-from unicuco.surrogate.kernel import DirectionalMatern, as_rows
+from unicuco.surrogate.kernel import DirectionalMatern, as_rows, is_value
 from unicuco.surrogate.process import Rows, ascend, evaluations, fit_scale, kernel_for, make_kernel
 from unicuco.tensors import named_under
 
@@ -51,13 +52,15 @@ def tuned_kernel(turns: Sequence[Rows], steps: int, most: int) -> Any:
     rates = [
         _LEARNING_RATE * (1 + math.cos(math.pi * step / (steps + 1))) / 2 for step in range(steps)
     ]
-    ascend(kernel, turns, lambda turn: log_likelihood(kernel, _some(turn, most), turn), rates)
+    ascend(
+        kernel, turns, lambda turn: log_likelihood(kernel, _spread_points(turn, most), turn), rates
+    )
     return kernel
 
 
-def _some(data: Rows, most: int) -> Tensor:
+def _spread_points(data: Rows, most: int) -> Tensor:
     """Return so many of the rows' points, or all, evenly spread in age."""
-    values = data.rows[data.is_value]
+    values = data.rows[is_value(data.rows)]
     places = torch.linspace(0, len(values) - 1, min(most, len(values))).round().long()
     return values[places, : (values.shape[1] - 1) // 2]
 
@@ -65,9 +68,7 @@ def _some(data: Rows, most: int) -> Tensor:
 def log_likelihood(kernel: Any, points: Tensor, data: Rows) -> Tensor:
     """Return FITC's log likelihood of rows by inducing points; differentiable in the kernel."""
     base, scale = kernel.base_kernel, kernel.outputscale
-    inducing = as_rows(points)
-    cross = base.value_rows(points, data.rows)
-    features = torch.linalg.solve_triangular(_factor(base, inducing), cross, upper=False)
+    features = _features(base, points, data.rows, _factor_of(base, as_rows(points)))
     left_open = base.forward(data.rows, data.rows, diag=True) - features.square().sum(0)
     noise = data.noise + scale * left_open.clamp(min=0.0)
     weighed = features / noise
@@ -81,7 +82,14 @@ def log_likelihood(kernel: Any, points: Tensor, data: Rows) -> Tensor:
     return likelihood
 
 
-def _factor(base: DirectionalMatern, inducing: Tensor) -> Tensor:
+def _features(base: DirectionalMatern, points: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
+    """Return A, ``m x N``."""
+    cross = base.value_rows(points, rows)
+    features: Tensor = torch.linalg.solve_triangular(factor, cross, upper=False)
+    return features
+
+
+def _factor_of(base: DirectionalMatern, inducing: Tensor) -> Tensor:
     """Return L."""
     covariance = base.forward(inducing, inducing)
     factor: Tensor = psd_safe_cholesky(covariance + _JITTER * _identity(len(inducing)))
@@ -117,7 +125,7 @@ class InducingProcess:
     @classmethod
     @torch.no_grad()
     def fit(cls, kernel: Any, points: Tensor, data: Rows) -> InducingProcess:
-        """Take the kernel's lengthscales, set its scale, and learn u from the rows."""
+        """Take the kernel over, set its scale, and learn u from the rows."""
         empty = points.new_zeros(0)
         process = cls(kernel, points, empty, empty, data)
         features = process._features(data.rows)
@@ -185,10 +193,7 @@ class InducingProcess:
         return torch.stack(errors), torch.stack(variances), data.noise[places]
 
     def _features(self, rows: Tensor) -> Tensor:
-        """Return A, ``m x N``."""
-        cross = self._base.value_rows(self._points, rows)
-        features: Tensor = torch.linalg.solve_triangular(self._factor, cross, upper=False)
-        return features
+        return _features(self._base, self._points, rows, self._factor)
 
     def _best_scale(self) -> Tensor:
         told, directions = torch.linalg.eigh(self._gram)
@@ -216,8 +221,9 @@ class InducingProcess:
 
     @cached_property
     def _factor(self) -> Tensor:
+        """L."""
         with torch.no_grad():
-            return _factor(self._base, self._inducing)
+            return _factor_of(self._base, self._inducing)
 
     @cached_property
     def _solved(self) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,11 @@ def as_rows(points: Tensor, directions: Tensor | None = None) -> Tensor:
     )
 
 
+def is_value(rows: Tensor) -> Tensor:
+    """Return which of ``n`` rows are values; bool."""
+    return rows[:, -1] > 0.5
+
+
 class DirectionalMatern(gpytorch.kernels.Kernel):  # type: ignore[misc]  # gpytorch is untyped
     """Matérn-5/2 with a lengthscale per axis over rows made by `as_rows`."""
 

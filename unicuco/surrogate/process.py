@@ -19,7 +19,7 @@ from linear_operator.utils.errors import NanError
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from unicuco.surrogate.kernel import DirectionalMatern
+from unicuco.surrogate.kernel import DirectionalMatern, is_value
 from unicuco.tensors import named_under
 
 _TYPICAL_LOG_SCALE: Final = -3.0  # log variance of what the mean leaves: a fifth of a log unit
@@ -35,11 +35,6 @@ class Rows:
     rows: Tensor
     targets: Tensor
     noise: Tensor
-
-    @property
-    def is_value(self) -> Tensor:
-        """Which rows are values; bool."""
-        return self.rows[:, -1] > 0.5
 
 
 def make_kernel(d: int) -> Any:
@@ -60,7 +55,7 @@ def make_kernel(d: int) -> Any:
 def kernel_for(data: Rows) -> Any:
     """Return `make_kernel`'s with a scale of the size of what there is to explain."""
     kernel = make_kernel((data.rows.shape[1] - 1) // 2)
-    kernel.outputscale = data.targets[data.is_value].square().mean().clamp(min=_LEAST_SCALE)
+    kernel.outputscale = data.targets[is_value(data.rows)].square().mean().clamp(min=_LEAST_SCALE)
     return kernel
 
 
@@ -77,6 +72,9 @@ def ascend(
         turns: the parts, in turns.
         log_likelihood: of one part, by the kernel.
         rates: of learning.
+
+    Raises:
+        NanError: a step led to where there is no likelihood.
     """
     optimizer = torch.optim.Adam(kernel.parameters())
     for step, rate in enumerate(rates):
@@ -84,9 +82,12 @@ def ascend(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
+        likelihood = log_likelihood(turn)
+        if not likelihood.isfinite():
+            raise NanError("the likelihood is no number any more")
         # A step sees a part of what is known, and so much of the priors.
         priors = sum(p.log_prob(of(m)).sum() for _, m, p, of, _ in kernel.named_priors())
-        loss = -(log_likelihood(turn) + priors / len(turns)) / len(turn.targets)
+        loss = -(likelihood + priors / len(turns)) / len(turn.targets)
         loss.backward()
         optimizer.step()
 
@@ -113,7 +114,7 @@ def evaluations(rows: Tensor) -> Iterator[tuple[int, Tensor, int]]:
     """
     d = (rows.shape[1] - 1) // 2
     _, evaluation = torch.unique(rows[:, :d], dim=0, return_inverse=True)
-    for place in (rows[:, -1] > 0.5).nonzero()[:, 0].tolist():
+    for place in is_value(rows).nonzero()[:, 0].tolist():
         block = (evaluation == evaluation[place]).nonzero()[:, 0]
         yield place, block, int((block == place).nonzero())
 

@@ -139,6 +139,17 @@ def test_a_network_of_shapes_answers_as_well_as_the_best_of_all_shapes() -> None
         assert float(learned_kl(model, [answer])) <= 1.05 * best
 
 
+def test_the_default_search_first_asks_what_fisher_answers() -> None:
+    config = toy_config("default")
+    space, (low, high) = config.space(), config.sparsity_range
+    fisher = Fisher(AllocationContext(space=space, curves=config.axis_curves()))
+    targets = [low + share * (high - low) for share in (0.3, 0.9, 0.6, 0.25, 0.75, 0.55)]
+    answers = fisher.allocate(targets)
+    asked = [ask.strategy for round in (0, 1) for ask in build_search(config).ask(round)]
+    assert asked[:3] == answers[:3]
+    assert not set(asked[3:]) & set(answers), "then what tells of others"
+
+
 def test_the_default_search_finds_better_strategies_than_uniform_and_fisher() -> None:
     config = toy_config("default", training=TrainOptions(steps=40, batch=8))
     model = ToyModel(config.space())

@@ -252,8 +252,9 @@ def test_fitting_twice_gives_the_same_to_the_bit(build: Build) -> None:
     assert torch.equal(one.posterior(fresh_points())[0], other.posterior(fresh_points())[0])
 
 
+@modes
 def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(kernel: Any, turns: Sequence[Rows], function: Any, rates: Sequence[float]) -> None:
         if rates:
@@ -261,18 +262,21 @@ def test_a_fit_that_fails_falls_back_to_the_prior_s_hyperparameters(
 
     replace_ascend(monkeypatch, fail)
     with caplog.at_level(logging.WARNING):
-        surrogate = fitted(MODES["derivatives on curves"])
+        surrogate = fitted(build)
     assert "not positive definite" in caplog.text
-    assert error(surrogate) < 0.3
+    assert error(surrogate) < 0.8
 
 
-def test_a_fit_that_fails_even_at_the_prior_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@modes
+def test_a_fit_that_fails_even_at_the_prior_is_an_error(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: object) -> None:
         raise NotPSDError("not positive definite")
 
     replace_ascend(monkeypatch, fail)
     with pytest.raises(SurrogateError, match="even at its prior"):
-        fitted(MODES["values"])
+        fitted(build)
 
 
 def replace_ascend(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> None:
@@ -297,6 +301,27 @@ def test_hyperparameters_that_are_not_finite_count_as_a_failed_fit(
     with caplog.at_level(logging.WARNING):
         surrogate = fitted(build, count)
     assert "surrogate fit" in caplog.text
+    assert bool(torch.isfinite(surrogate.posterior(fresh_points())[0]).all())
+
+
+@modes
+def test_a_step_to_where_nothing_is_finite_counts_as_a_failed_fit(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step, steps = torch.optim.Adam.step, []
+
+    def leap(optimizer: torch.optim.Adam) -> None:
+        step(optimizer)
+        steps.append(optimizer)
+        if len(steps) == 3:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", leap)
+    with caplog.at_level(logging.WARNING):
+        surrogate = fitted(build)
+    assert "surrogate fit" in caplog.text
+    assert len(steps) == 3
     assert bool(torch.isfinite(surrogate.posterior(fresh_points())[0]).all())
 
 

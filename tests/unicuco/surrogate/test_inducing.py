@@ -9,7 +9,7 @@ from torch import Tensor
 from unicuco.errors import SurrogateError
 from unicuco.surrogate.inducing import InducingProcess, log_likelihood, tuned_kernel
 from unicuco.surrogate.kernel import as_rows
-from unicuco.surrogate.process import ExactProcess, Rows, make_kernel
+from unicuco.surrogate.process import ExactProcess, Rows, ascend, make_kernel
 
 D = 3
 
@@ -82,13 +82,39 @@ def test_hyperparameters_are_judged_by_the_likelihood_of_rows_that_are_independe
     derivatives: bool,
 ) -> None:
     known, inducing, made = data(40, derivatives=derivatives), points(9, 2), kernel()
+    made.requires_grad_(True)
     k, u, scale = made.base_kernel.forward, as_rows(inducing), made.outputscale
     projected = k(known.rows, u) @ torch.linalg.inv(k(u, u)) @ k(u, known.rows)
     left_open = k(known.rows, known.rows).diag() - projected.diag()
     covariance = scale * (projected + left_open.diag()) + known.noise.diag()
     normal = torch.distributions.MultivariateNormal(torch.zeros(len(covariance)), covariance)
-    found = log_likelihood(made, inducing, known)
-    assert float(found) == pytest.approx(float(normal.log_prob(known.targets)), rel=1e-6)
+    expected, found = normal.log_prob(known.targets), log_likelihood(made, inducing, known)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for own, other in zip(
+        torch.autograd.grad(found, [*made.parameters()]),
+        torch.autograd.grad(expected, [*made.parameters()]),
+        strict=True,
+    ):
+        assert torch.allclose(own, other, rtol=1e-5)
+
+
+def test_steps_take_the_parts_in_turns_and_see_as_much_of_the_priors() -> None:
+    made, parts = make_kernel(D), [data(n, derivatives=False) for n in (4, 5)]
+    made.outputscale = torch.tensor(2.0, dtype=torch.float64)
+    seen: list[Rows] = []
+    gradients: list[Tensor] = []
+    made.raw_outputscale.register_hook(gradients.append)
+
+    def nothing(turn: Rows) -> Tensor:
+        seen.append(turn)
+        return torch.zeros((), dtype=torch.float64)
+
+    ascend(made, parts, nothing, [0.0] * 3)
+    assert [len(turn.targets) for turn in seen] == [4, 5, 4]
+    prior = made.outputscale_prior.log_prob(made.outputscale)
+    (whole,) = torch.autograd.grad(prior, made.raw_outputscale)
+    for gradient, part in zip(gradients, seen, strict=False):
+        assert torch.allclose(gradient, -whole / 2 / len(part.targets))
 
 
 def test_tuning_finds_the_axis_that_matters() -> None:
