@@ -2,12 +2,12 @@
 
 Evaluations with derivatives of a response that is not additive (`unicuco.testing.coupled`), random
 ones around what single sites say, at budgets over the whole range. ``run`` is the fit as runs do
-it; ``exact`` factors all evaluations with a derivative each, and optimises the hyperparameters in
-100 steps of the exact likelihood, of 1,600 rows at a time; ``long`` is ``run`` with 100 steps, each
-of all evaluations by 300 inducing points. Reported: CPU seconds of a fit on one thread and seconds
-by the clock on two (medians of three; of the others the former, once), the process's peak memory
-beside what it had before, and the mean log likelihood of 500 other evaluations' log KL. Every fit
-in a process of its own.
+it; ``exact`` factors all evaluations with as many derivatives each as 4,000 rows have room for, and
+optimises the hyperparameters in 100 steps of the exact likelihood, of 1,600 rows at a time;
+``long`` is ``run`` with 100 steps, and where there are inducing points each of all evaluations by
+300. Reported: CPU seconds of a fit on one thread and seconds by the clock on two (medians of three;
+of the others the former, once), the process's peak memory beside what it had before, and the mean
+log likelihood of 500 other evaluations' log KL. Every fit in a process of its own.
 """
 
 from __future__ import annotations
