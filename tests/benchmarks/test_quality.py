@@ -157,7 +157,7 @@ def test_the_second_model_is_trained_from_local_text_and_profiled(
     texts.mkdir()
     (texts / "train.txt").write_text(3 * tiny_text_file.read_text())
     monkeypatch.setattr(second_model, "_TEXTS", texts)
-    second_model.train(tmp_path / "model", minutes=1.0, steps=2)
+    second_model.train(second_model.SECOND, tmp_path / "model", minutes=1.0, steps=2)
     profile = load_model(tmp_path / "model").profile
     assert profile.architecture == "Qwen2ForCausalLM"
     assert (profile.num_blocks, len(profile.sites)) == (6, 42)
