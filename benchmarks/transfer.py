@@ -1,10 +1,13 @@
-"""How many evaluations does another run save? ``python -m benchmarks.transfer [--sibling MODEL]``.
+"""How many evaluations does another run save? ``python -m benchmarks.transfer``.
 
 Runs of the reference model, cold and warmed by a run of another model (``learn --warm-from``):
-hypervolume of (kept fraction, log test KL) after every round. ``--sibling reference``, the default,
-is the model itself with another seed: no sibling can know more, so this bounds what can be saved.
-``--sibling wikitext`` is the second model of `benchmarks.second_model`: another family of the same
-kinds of sites, another size, other text.
+hypervolume of (kept fraction, log test KL) after every round. The siblings, by name:
+
+- ``reference``: the model itself with another seed. No sibling can know more, so this bounds what
+  can be saved.
+- ``smaller``: a Llama of half the blocks and a quarter of the parameters, of the same text.
+- ``wikitext``: another family of the same kinds of sites, a third of the size, other text. The last
+  two are of `benchmarks.second_model`, and trained where they are not there yet.
 
 ``saved`` compares the units after which the two have a share of the hypervolume that the cold run
 has at its end: 98% as in `benchmarks.growth`, more, and all of it, where what the training of a
@@ -26,7 +29,7 @@ import torch
 
 from benchmarks.ablation import Evaluated, front_hypervolume, learned, run_search
 from benchmarks.common import Bench, save, table
-from benchmarks.second_model import resolve
+from benchmarks.second_model import SECOND, SMALLER, resolve
 from unicuco.pipeline import LearnOptions, LocalBackend, learn
 from unicuco.pipeline.warming import make_guide
 from unicuco.search import SearchConfig
@@ -34,6 +37,7 @@ from unicuco.search.transfer import Guide
 
 EVALUATIONS = 21
 GOALS = (0.98, 0.995, 0.998, 1.0)
+_REFERENCE = "reference"
 _ROUND = 3
 _OTHER_SEED = 1000
 
@@ -66,20 +70,21 @@ def volumes(bench: Bench, config: SearchConfig) -> list[float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, save and print."""
     parser = argparse.ArgumentParser(description="Measure what another run saves.")
-    parser.add_argument("--sibling", default="reference", help="a model, or wikitext")
+    parser.add_argument("--siblings", nargs="+", default=[_REFERENCE, SMALLER, SECOND])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-tokens", type=int, default=4096)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    bench = Bench("reference", test_tokens=options.test_tokens)
+    bench = Bench(_REFERENCE, test_tokens=options.test_tokens)
     rows: list[dict[str, Any]] = []  # JSON
     for seed in range(options.seeds):
         config = replace(bench.prepared.search, seed=seed)
-        guided = replace(config, guide=guide_of(options.sibling, bench, seed))
-        cold, warm = volumes(bench, config), volumes(bench, guided)
-        rows.append({"seed": seed, "cold": cold, "warm": warm})
+        rows.append({"seed": seed, "cold": volumes(bench, config), "warm": {}})
+        for sibling in options.siblings:
+            guided = replace(config, guide=guide_of(sibling, bench, seed))
+            rows[-1]["warm"][sibling] = volumes(bench, guided)
         print(rows[-1], flush=True)
-        save(f"transfer-{options.sibling}", {"sibling": options.sibling, "rows": rows})
+        save("transfer", {"siblings": options.siblings, "rows": rows})
     print(summary(rows))
 
 
@@ -91,30 +96,33 @@ def units_to(goal: float, curve: Sequence[float]) -> float:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:  # Any: JSON
     """Return the median hypervolumes of every round, and what is saved."""
-    rounds = range(EVALUATIONS // _ROUND)
-    lines: list[list[object]] = [
-        [name, *(statistics.median(row[name][k] for row in rows) for k in rounds)]
-        for name in ("cold", "warm")
+    siblings = list(rows[0]["warm"])
+    curves = {"cold": [row["cold"] for row in rows]}
+    curves |= {f"by {name}": [row["warm"][name] for row in rows] for name in siblings}
+    medians = [
+        [name, *(statistics.median(column) for column in zip(*runs, strict=True))]
+        for name, runs in curves.items()
     ]
-    curves = table(["run", *(f"{_ROUND * (k + 1)} evaluations" for k in rounds)], lines)
-    lines = []
-    for goal in GOALS:
-        pairs = [
-            (
-                units_to(goal * row["cold"][-1], row["cold"]),
-                units_to(goal * row["cold"][-1], row["warm"]),
-            )
-            for row in rows
-        ]
-        cold, warm = (statistics.median(each) for each in zip(*pairs, strict=True))
-        lines.append(
-            [f"{goal:.1%}", len(rows), cold, warm, statistics.median(1 - w / c for c, w in pairs)]
-        )
-    return (
-        curves
-        + "\n"
-        + table(["of the cold end", "seeds", "cold units", "warm units", "saved"], lines)
+    counts = range(_ROUND, EVALUATIONS + 1, _ROUND)
+    saved = [
+        [f"{goal:.1%}", name, len(rows), *_saved(goal, rows, name)]
+        for name in siblings
+        for goal in GOALS
+    ]
+    header = ["of the cold end", "warmed by", "seeds", "cold units", "warm units", "saved"]
+    return "\n".join(
+        (table(["run", *(f"{n} evaluations" for n in counts)], medians), table(header, saved))
     )
+
+
+# Any: JSON
+def _saved(goal: float, rows: Sequence[dict[str, Any]], sibling: str) -> tuple[float, float, float]:
+    """Return the medians of the units of cold and warm runs, and of the share saved."""
+    goals = [goal * row["cold"][-1] for row in rows]
+    cold = [units_to(at, row["cold"]) for at, row in zip(goals, rows, strict=True)]
+    warm = [units_to(at, row["warm"][sibling]) for at, row in zip(goals, rows, strict=True)]
+    shares = [1 - w / c for c, w in zip(cold, warm, strict=True)]
+    return statistics.median(cold), statistics.median(warm), statistics.median(shares)
 
 
 if __name__ == "__main__":

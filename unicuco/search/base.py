@@ -44,8 +44,8 @@ class SearchConfig:
     come from a level database (0: they don't); ``round_size`` strategies are asked at a time, where
     the preset takes that from here (0: as many as it would by itself). ``screen_tokens`` of the
     search text judge the alternatives of which the best is evaluated (0: there are none); ``guide``
-    holds another run's answers, which are asked first, and what its surrogate knows (none: there is
-    no other run).
+    holds what another run's surrogate knows, and its answers, which are asked first where that is
+    nothing (none: there is no other run).
     """
 
     preset: str

@@ -2,9 +2,9 @@
 
 An axis is known by its kind (its site's name without the block's number) and its block's place in
 the model. Answers of a run are read at the same relative place of the same kind, linearly in
-between; block granularity has one kind. A search that is guided so asks these answers first, where
-it would else ask blind, and its surrogate begins with what the run's surrogate knows
-(`unicuco.surrogate.prior`), which measurements of the model itself confirm or correct.
+between; block granularity has one kind. The surrogate of a search that is guided so begins with
+what the run's surrogate knows (`unicuco.surrogate.prior`), which measurements of the model itself
+confirm or correct. Where that can't be asked, the run's answers are asked first.
 
 What it does not know: where runs lie, and whether a sibling is alike.
 """

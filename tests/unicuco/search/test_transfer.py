@@ -60,7 +60,7 @@ def test_a_guide_is_linear_between_its_sparsities_and_flat_beyond() -> None:
     assert torch.allclose(found, expected)
 
 
-def test_a_guided_search_asks_the_guide_s_answers_first() -> None:
+def test_a_guide_without_a_prior_has_its_answers_asked_first() -> None:
     response = CoupledResponse(1, seed=0)
     sparsities = [0.1, 0.5, 0.9]
     answers = response.space.encode(response.space.uniforms(sparsities)).flip(1)
@@ -75,6 +75,19 @@ def test_a_guided_search_asks_the_guide_s_answers_first() -> None:
         sparsity = 1 - cost.kept_params(strategy.values) / cost.total_params
         nearest = guide.at([sparsity])
         assert (response.space.encode([strategy]) - nearest).abs().max() < 0.15
+
+
+def test_a_guide_with_a_prior_leaves_the_first_asks_as_they_are() -> None:
+    response = CoupledResponse(1, seed=0)
+    space = response.space
+    guide = Guide(
+        sparsities=torch.tensor([0.1, 0.9], dtype=torch.float64),
+        points=space.encode(space.uniforms([0.1, 0.9])),
+        prior=make_prior(space, space, surrogate_of(space, 0)),
+    )
+    assert guide.prior is not None
+    guided = build_search(replace(response.config, guide=guide))
+    assert guided.ask(0) == build_search(response.config).ask(0)
 
 
 def surrogate_of(space: StrategySpace, seed: int) -> GaussianProcess:
