@@ -5,7 +5,7 @@ training split with a byte-level BPE of its own. The text lies in ``../shared/da
 present; nothing is fetched. Searching, learning and calibration then see the validation split, and
 the test split is measured on.
 
-``smaller`` is a smaller sibling of the reference model: a Llama of half its blocks and 1.7 million
+``smaller`` is a smaller sibling of the reference model: a Llama of half its blocks and 1.8 million
 parameters, which learns the same text with the same tokenizer.
 
 Both are kept under ``out/benchmarks`` (ignored by git).
