@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
     tasks.check_names(options.tasks)
     torch.set_num_threads(options.threads)
-    resolve(options.model)  # trains the second model where it is not there yet
+    resolve(options.model)  # trained where it is one of ours and not there yet
     setting = Setting(model=options.model, tokens=options.tokens, test_tokens=options.test_tokens)
     wanted = options.parts or parts
     measured = [method for method in methods if method in wanted]

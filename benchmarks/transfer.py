@@ -31,18 +31,19 @@ from benchmarks.ablation import Evaluated, front_hypervolume, learned, run_searc
 from benchmarks.common import Bench, save, table
 from benchmarks.second_model import SECOND, SMALLER, resolve
 from unicuco.pipeline import LearnOptions, LocalBackend, learn
-from unicuco.pipeline.warming import make_guide
+from unicuco.pipeline.warming import take_prior
 from unicuco.search import SearchConfig
-from unicuco.search.transfer import Guide
+from unicuco.surrogate import Prior
 
 EVALUATIONS = 21
 GOALS = (0.98, 0.995, 0.998, 1.0)
 _REFERENCE = "reference"
 _ROUND = 3
+_COUNTS = range(_ROUND, EVALUATIONS + 1, _ROUND)  # of evaluations, after each round
 _OTHER_SEED = 1000
 
 
-def guide_of(sibling: str, bench: Bench, seed: int) -> Guide:
+def prior_from(sibling: str, bench: Bench, seed: int) -> Prior:
     """Learn a run of a sibling with default options, and return what it says of the model."""
     subject = resolve(sibling)
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,16 +55,15 @@ def guide_of(sibling: str, bench: Bench, seed: int) -> Guide:
         )
         run = learn(options, backend=LocalBackend(), progress=lambda _: None)
         warmed = LearnOptions(model=bench.model, out=Path(scratch), warm_from=str(run.folder))
-        return make_guide(warmed, bench.space)
+        return take_prior(warmed, bench.space)
 
 
 def volumes(bench: Bench, config: SearchConfig) -> list[float]:
     """Return the hypervolume after every round of a run."""
     units = bench.preparation_units + 3.0 * EVALUATIONS
     evaluated: Evaluated = run_search(bench, config, units)
-    counts = range(_ROUND, EVALUATIONS + 1, _ROUND)
     return [
-        front_hypervolume(bench, learned(bench.space, config, evaluated[:n])[1]) for n in counts
+        front_hypervolume(bench, learned(bench.space, config, evaluated[:n])[1]) for n in _COUNTS
     ]
 
 
@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test-tokens", type=int, default=4096)
     options = parser.parse_args(arguments)
+    for sibling in options.siblings:
+        resolve(sibling)  # trained, or found missing, before hours are spent
     torch.set_num_threads(1)
     bench = Bench(_REFERENCE, test_tokens=options.test_tokens)
     rows: list[dict[str, Any]] = []  # JSON
@@ -81,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = replace(bench.prepared.search, seed=seed)
         rows.append({"seed": seed, "cold": volumes(bench, config), "warm": {}})
         for sibling in options.siblings:
-            guided = replace(config, guide=guide_of(sibling, bench, seed))
-            rows[-1]["warm"][sibling] = volumes(bench, guided)
+            warmed = replace(config, prior=prior_from(sibling, bench, seed))
+            rows[-1]["warm"][sibling] = volumes(bench, warmed)
         print(rows[-1], flush=True)
         save("transfer", {"siblings": options.siblings, "rows": rows})
     print(summary(rows))
@@ -103,7 +105,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:  # Any: JSON
         [name, *(statistics.median(column) for column in zip(*runs, strict=True))]
         for name, runs in curves.items()
     ]
-    counts = range(_ROUND, EVALUATIONS + 1, _ROUND)
     saved = [
         [f"{goal:.1%}", name, len(rows), *_saved(goal, rows, name)]
         for name in siblings
@@ -111,7 +112,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:  # Any: JSON
     ]
     header = ["of the cold end", "warmed by", "seeds", "cold units", "warm units", "saved"]
     return "\n".join(
-        (table(["run", *(f"{n} evaluations" for n in counts)], medians), table(header, saved))
+        (table(["run", *(f"{n} evaluations" for n in _COUNTS)], medians), table(header, saved))
     )
 
 

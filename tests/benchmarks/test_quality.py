@@ -13,6 +13,7 @@ from benchmarks import common, jobs, ledger, quality, second_model, tasks
 from benchmarks.ledger import Ledger, Once, Record, Setting
 from benchmarks.report import Method, claims, load_methods
 from unicuco.models import load_model
+from unicuco.models.structure import profile_model
 
 WORDS = ("--tokens", "256", "--test-tokens", "512", "--sparsity", "0.5,0.7", "--seeds", "1")
 
@@ -162,6 +163,15 @@ def test_the_second_model_is_trained_from_local_text_and_profiled(
     assert profile.architecture == "Qwen2ForCausalLM"
     assert (profile.num_blocks, len(profile.sites)) == (6, 42)
     assert 1e6 < profile.total_params < 3e6
+
+
+def test_the_smaller_model_has_the_reference_model_s_kinds_of_sites() -> None:
+    smaller = profile_model(second_model.build(second_model.SMALLER, 0).eval(), digest="")
+    reference = load_model("reference").profile
+    kinds = [{site.path.split(".", 3)[3] for site in one.sites} for one in (smaller, reference)]
+    assert kinds[0] == kinds[1]
+    assert (smaller.num_blocks, len(smaller.sites)) == (4, 28)
+    assert smaller.total_params < 0.3 * reference.total_params
 
 
 def test_the_second_model_without_its_text_is_one_line(

@@ -44,15 +44,14 @@ from unicuco.pipeline.texts import (
     task_texts,
     window_length,
 )
-from unicuco.pipeline.warming import make_guide
+from unicuco.pipeline.warming import take_prior
 from unicuco.ranks import RankStore
 from unicuco.search import SearchConfig
 from unicuco.search.drive import Progress
-from unicuco.search.transfer import Guide
 from unicuco.shards.plan import check_shards
 from unicuco.space import StrategySpace
 from unicuco.store import Measurement
-from unicuco.surrogate import SurrogateOptions
+from unicuco.surrogate import Prior, SurrogateOptions
 from unicuco.types import ModelProfile
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def _prepare(
     progress(Progress(stage="load", done=1, total=1))
     check(loaded.profile.digest, texts.digest)
     space = build_space(loaded.profile, options.dimensions, Granularity(options.granularity))
-    guide = make_guide(options, space) if options.warm_from else None
+    prior = take_prior(options, space) if options.warm_from else None
     levels = levelling.plan_levels(options.pruner, loaded, texts.calibration, folder)
     if levels is not None:
         levelling.announce(levels, progress)
@@ -264,7 +263,7 @@ def _prepare(
             tasks=options.task_names,
             weights=weight_source(loaded.folder),
         ),
-        search=_search_config(options, space, loaded.profile, fisher, levels, guide),
+        search=_search_config(options, space, loaded.profile, fisher, levels, prior),
     )
 
 
@@ -287,7 +286,7 @@ def _search_config(
     profile: ModelProfile,
     fisher: dict[str, Tensor],
     levels: levelling.Levels | None,
-    guide: Guide | None,
+    prior: Prior | None,
 ) -> SearchConfig:
     granularity = Granularity(options.granularity)
 
@@ -306,7 +305,7 @@ def _search_config(
         level_step=0 if levels is None else levels.plan.step,
         round_size=options.round_size or 0,
         screen_tokens=options.screen_tokens or 0,
-        guide=guide,
+        prior=prior,
         tasks=options.task_names,
         task_curves=tuple(
             curves({site.path: fisher[_of_task(k, site.path)] for site in profile.sites})

@@ -11,10 +11,9 @@ from torch import Tensor
 from unicuco.allocate import AxisCurves
 from unicuco.dimensions import Granularity, build_space, follow_slopes
 from unicuco.search.screening import Screening
-from unicuco.search.transfer import Guide
 from unicuco.space import StrategySpace
 from unicuco.stratnet import TrainOptions
-from unicuco.surrogate import SurrogateOptions
+from unicuco.surrogate import Prior, SurrogateOptions
 from unicuco.types import Ask, Evaluation, ModelProfile, Outcome, Strategy
 
 
@@ -43,9 +42,8 @@ class SearchConfig:
     curves for each; ``level_step`` the weights from one level of a site to the next, where sites
     come from a level database (0: they don't); ``round_size`` strategies are asked at a time, where
     the preset takes that from here (0: as many as it would by itself). ``screen_tokens`` of the
-    search text judge the alternatives of which the best is evaluated (0: there are none); ``guide``
-    holds what another run's surrogate knows, and its answers, which are asked first where that is
-    nothing (none: there is no other run).
+    search text judge the alternatives of which the best is evaluated (0: there are none); ``prior``
+    is what another run's surrogate says of the model (none: there is no other run).
     """
 
     preset: str
@@ -62,7 +60,7 @@ class SearchConfig:
     level_step: int = 0
     round_size: int = 0
     screen_tokens: int = 0
-    guide: Guide | None = None
+    prior: Prior | None = None
 
     @property
     def has_derivatives(self) -> bool:

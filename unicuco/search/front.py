@@ -6,8 +6,8 @@ spent where answers will come from, each tells the slope along every axis there,
 network walks down that slope: a descent of all targets together whose memory is the surrogate.
 While fewer than two evaluations are visible, in the first two rounds at least, the first three ask
 what the Fisher allocation answers and the next ones points between the uniform allocation and it.
-Where another run guides this one, its surrogate is the prior of this one's
-(`unicuco.search.transfer`); where it has none to give, its answers are asked blind instead.
+Where another run is to help this one, its surrogate is the prior of this one's
+(`unicuco.search.transfer`).
 
 What it does not know: how evaluations are run, and when to stop.
 """
@@ -70,11 +70,7 @@ class FrontSearch:
         self._history.tell(round, results)
 
     def _blind(self, first: int) -> list[Strategy]:
-        """Return strategies between uniform and Fisher; at first, and while nothing succeeds.
-
-        A guide's answers only where it has no prior to give. Beside one they have nothing to add:
-        the same model's are no better to ask than Fisher's, a smaller sibling's are worse.
-        """
+        """Return strategies between uniform and Fisher; at first, and while nothing succeeds."""
         low, high = self.config.sparsity_range
         places = [
             _WARM_UP[number] if number < len(_WARM_UP) else _spread(number)
@@ -82,9 +78,6 @@ class FrontSearch:
         ]
         targets = [low + share * (high - low) for share, _ in places]
         budgets = [self._space.kept_for_sparsity(target) for target in targets]
-        guide = self.config.guide
-        if guide is not None and guide.prior is None:
-            return self._space.decode_exact(guide.at(targets), budgets)
         context = AllocationContext(space=self._space, curves=self.config.axis_curves())
         uniform, fisher = Uniform(context), Fisher(context)
         mixes = torch.tensor([mix for _, mix in places], dtype=torch.float64)[:, None]
@@ -153,7 +146,7 @@ def learn_front(
     surrogate = GaussianProcess(
         config.surrogate,
         config.axis_curves() if config.surrogate.curves else None,
-        None if config.guide is None else config.guide.prior,
+        config.prior,
     )
     surrogate.fit(observe(space, evaluations))
     net = StratNet(NetKind.SIZE, space.num_axes, seed=seed, hidden=config.training.hidden)

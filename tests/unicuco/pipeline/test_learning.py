@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.unicuco.pipeline.conftest import ignore_progress, tiny_options
@@ -19,8 +20,9 @@ from unicuco.pipeline.report import learning_curve
 from unicuco.ranks import RankStore
 from unicuco.search.screening import ALTERNATIVES
 from unicuco.store import EvaluationStore
+from unicuco.surrogate import TextForecast
 from unicuco.testing.tiny import tiny_model_folder
-from unicuco.types import Evaluation, Plan, Request, Strategy, Target
+from unicuco.types import Evaluation, Request, Strategy
 
 Learn = Callable[..., Run]
 
@@ -142,8 +144,6 @@ def test_the_front_document_keeps_predicted_and_measured_apart(run: Run) -> None
 
 
 def test_a_run_reopens_to_the_same_answers(run: Run) -> None:
-    from unicuco.types import Request
-
     requests = [Request.from_dict({"sparsity": 0.6}), Request.from_dict({"max_kl": 0.5})]
     assert Run.open(run.folder).plan(requests) == run.plan(requests)
 
@@ -348,27 +348,32 @@ def test_alternatives_on_few_tokens_have_their_own_records_and_count_their_share
 
 
 @pytest.mark.slow
-def test_a_run_is_warmed_by_the_answers_of_another_which_need_not_stay(
+def test_a_run_is_warmed_by_another_which_need_not_stay(
     learn_tiny: Learn, run: Run, tmp_path: Path
 ) -> None:
     other = shutil.copytree(run.folder, tmp_path / "other")
-    warmed = learn_tiny(warm_from=str(other), evaluations=4)
-    space = run.planner.space
-    for strategy, _ in recorded(warmed.folder)[:3]:
-        cost = space.cost
-        sparsity = sum(cost.site_drops(strategy.values).values()) / cost.num_site_weights
-        (plan,) = run.plan([Request(target=Target.SPARSITY, value=sparsity)])
-        assert isinstance(plan, Plan)
-        gap = space.encode([strategy]) - space.encode([plan.strategy])
-        assert float(gap.abs().max()) < 0.05
-    assert values(warmed.folder)[:3] != values(run.folder)[:3]
-    before = values(warmed.folder)
+    before = values(learn_tiny(warm_from=str(other), evaluations=4).folder)
     shutil.rmtree(other)
     again = learn_tiny(warm_from=str(other), resume=True, evaluations=6)
     assert values(again.folder)[:4] == before
     assert again.manifest["options"]["warm_from"] == str(other)
+    assert values(again.folder) == values(run.folder), "rounds that know nothing yet are the same"
+    forecast, cold = again.forecast(), run.forecast()
+    assert isinstance(forecast, TextForecast)
+    assert isinstance(cold, TextForecast)
+    assert forecast.surrogate.prior is not None
+    told = dict(forecast.surrogate.prior.other)
+    assert all(torch.equal(told[name], tensor) for name, tensor in cold.surrogate.state().items())
     with pytest.raises(RunError, match="begun with another"):
         learn_tiny(resume=True, evaluations=6)
+
+
+def test_a_run_of_another_granularity_can_not_warm(
+    learn_tiny: Learn, run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match="only one of the two has"):
+        learn_tiny(warm_from=str(run.folder), granularity="block", evaluations=4)
+    assert not (tmp_path / "run" / "ranks").exists()
 
 
 def test_a_run_that_can_not_warm_is_refused_before_anything_is_measured(

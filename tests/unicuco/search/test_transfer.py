@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from unicuco.allocate import AxisCurves
 from unicuco.dimensions import Granularity, build_space
 from unicuco.errors import RequestError
 from unicuco.search import build_search
-from unicuco.search.transfer import Guide, carried_over, make_prior
+from unicuco.search.transfer import carried_over, make_prior
 from unicuco.space import StrategySpace
 from unicuco.surrogate import GaussianProcess, Observations, SurrogateOptions
 from unicuco.testing.coupled import CoupledResponse
@@ -44,50 +45,18 @@ def test_blocks_are_of_one_kind() -> None:
     assert found[0].tolist() == pytest.approx([0.2, 0.4, 0.6])
 
 
-def test_another_architecture_or_granularity_is_refused() -> None:
-    points = torch.zeros(1, 4, dtype=torch.float64)
-    with pytest.raises(RequestError, match="same architecture and granularity"):
-        carried_over(space_of(2), space_of(2, Granularity.BLOCK), points)
-
-
-def test_a_guide_is_linear_between_its_sparsities_and_flat_beyond() -> None:
-    guide = Guide(
-        sparsities=torch.tensor([0.2, 0.6], dtype=torch.float64),
-        points=torch.tensor([[0.0, 1.0], [0.4, 0.0]], dtype=torch.float64),
-    )
-    found = guide.at([0.1, 0.3, 0.6, 0.9])
-    expected = torch.tensor([[0.0, 1.0], [0.1, 0.75], [0.4, 0.0], [0.4, 0.0]]).double()
-    assert torch.allclose(found, expected)
-
-
-def test_a_guide_without_a_prior_has_its_answers_asked_first() -> None:
+def test_a_prior_leaves_the_blind_asks_as_they_are_and_moves_the_others() -> None:
     response = CoupledResponse(1, seed=0)
-    sparsities = [0.1, 0.5, 0.9]
-    answers = response.space.encode(response.space.uniforms(sparsities)).flip(1)
-    guide = Guide(sparsities=torch.tensor(sparsities, dtype=torch.float64), points=answers)
-    config = replace(response.config, guide=guide)
-    asked = [ask.strategy for k in range(2) for ask in build_search(config).ask(k)]
-    assert len(asked) == 6
-    blind = [ask.strategy for k in range(2) for ask in build_search(response.config).ask(k)]
-    for strategy, other in zip(asked, blind, strict=True):
-        cost = response.space.cost
-        assert cost.kept_params(strategy.values) == cost.kept_params(other.values)
-        sparsity = 1 - cost.kept_params(strategy.values) / cost.total_params
-        nearest = guide.at([sparsity])
-        assert (response.space.encode([strategy]) - nearest).abs().max() < 0.15
-
-
-def test_a_guide_with_a_prior_leaves_the_first_asks_as_they_are() -> None:
-    response = CoupledResponse(1, seed=0)
-    space = response.space
-    guide = Guide(
-        sparsities=torch.tensor([0.1, 0.9], dtype=torch.float64),
-        points=space.encode(space.uniforms([0.1, 0.9])),
-        prior=make_prior(space, space, surrogate_of(space, 0)),
-    )
-    assert guide.prior is not None
-    guided = build_search(replace(response.config, guide=guide))
-    assert guided.ask(0) == build_search(response.config).ask(0)
+    prior = make_prior(response.space, response.space, surrogate_of(response.space, 0))
+    alone = build_search(response.config)
+    helped = build_search(replace(response.config, prior=prior))
+    for k in range(2):
+        asked = alone.ask(k)
+        assert helped.ask(k) == asked
+        results = [(a, response.evaluate(a.strategy, derivatives=True)) for a in asked]
+        alone.tell(k, results)
+        helped.tell(k, results)
+    assert helped.ask(2) != alone.ask(2)
 
 
 def surrogate_of(space: StrategySpace, seed: int) -> GaussianProcess:
@@ -111,7 +80,6 @@ def test_a_surrogate_of_another_depth_hears_of_every_block(source: int, target: 
     there, here = space_of(source), space_of(target)
     surrogate = surrogate_of(there, 0)
     prior = make_prior(there, here, surrogate)
-    assert prior is not None
     assert surrogate.mean_ is not None
     scales = carried_over(there, here, surrogate.mean_.scales[None])[0]
     assert torch.equal(prior.centre[: here.num_axes], scales)
@@ -123,22 +91,20 @@ def test_a_surrogate_of_another_depth_hears_of_every_block(source: int, target: 
         assert torch.equal(prior.places, torch.eye(here.num_axes, dtype=torch.float64))
 
 
-def test_a_surrogate_with_axes_that_the_model_lacks_is_not_asked() -> None:
-    block = build_space(make_profile([SITES]), ("sparsity",), Granularity.LAYER)
+def test_another_architecture_or_granularity_is_refused() -> None:
+    layers, blocks = space_of(2), space_of(2, Granularity.BLOCK)
     narrower = build_space(make_profile([SITES[:1]]), ("sparsity",), Granularity.LAYER)
-    assert make_prior(block, narrower, surrogate_of(block, 0)) is None
-    with pytest.raises(RequestError, match="it has no"):
-        make_prior(narrower, block, surrogate_of(narrower, 0))
+    for source, target in itertools.permutations((layers, blocks, narrower), 2):
+        with pytest.raises(RequestError, match="same architecture and granularity; only one"):
+            make_prior(source, target, surrogate_of(source, 0))
 
 
-def test_a_guide_comes_back_from_its_tensors() -> None:
+def test_a_surrogate_without_curves_is_no_prior() -> None:
     space = space_of(2)
-    guide = Guide(
-        sparsities=torch.tensor([0.2, 0.6], dtype=torch.float64),
-        points=torch.rand(2, 4, dtype=torch.float64),
-        prior=make_prior(space, space, surrogate_of(space, 1)),
-    )
-    again = Guide.restore(guide.state())
-    assert again.state().keys() == guide.state().keys()
-    assert all(torch.equal(again.state()[name], tensor) for name, tensor in guide.state().items())
-    assert Guide.restore(replace(guide, prior=None).state()).prior is None
+    surrogate = GaussianProcess(SurrogateOptions(curves=False))
+    points = torch.rand(4, 4, dtype=torch.float64)
+    nothing = [None] * len(points)
+    span = torch.ones(4, dtype=torch.float64)
+    surrogate.fit(Observations.from_measurements(points, points.sum(1), nothing, span))
+    with pytest.raises(RequestError, match="a run of preset default"):
+        make_prior(space, space, surrogate)
