@@ -12,8 +12,8 @@ A strategy that StratNet would not answer is less certain. The surrogate's own d
 but too small; it is multiplied by what its leave-one-out errors ask for, and counts in as far as it
 exceeds what it is on the front, where the correction was measured. And the further a strategy lies
 above the front of its size, by what the surrogate says, the less it is like those that were
-corrected: a share of that excess counts in too, the one that fits best what one-shot allocators
-(uniform, Fisher) measured on the same text, under a prior.
+corrected: the surrogate is too hopeful by a share of that excess, and unsure by another. Both are
+what fits best what one-shot allocators (uniform, Fisher) measured on the same text, under a prior.
 
 Student's t accounts for how few strategies were measured. What this does not know: whether a fresh
 text really is of that kind.
@@ -44,10 +44,10 @@ _CONSTANT: Final = 0.3
 _AMPLITUDES: Final = (0.01, 0.03, 0.1, 0.3, 1.0)
 _LENGTHS: Final = (0.5, 1.0, 2.0, 4.0)  # nats of log KL: a front spans about seven
 _NUGGETS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
-# Shares of the excess over the front. Under the prior's, 96% and 99% of 120 random strategies lie
-# in their interval, in two runs of the reference model; without any 78% and 88%.
-_EXCESSES: Final = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45)
-_EXCESS_PRIOR: Final = (math.log(0.1), 0.5)  # mean and deviation of the share's logarithm
+# Shares of the excess over the front, by which single strategies differ from each other.
+_EXCESSES: Final = (0.0125, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45)
+_EXCESS_PRIOR: Final = (math.log(0.05), 0.5)  # mean and deviation of the share's logarithm
+_BIAS_PRIOR: Final = 0.1  # deviation of the share that all have in common, around none
 
 Floats = NDArray[np.float64]
 
@@ -86,7 +86,8 @@ class Intervals:
         amplitude, length, nugget: of the correction; deviations, and nats of log KL.
         text_variance: of the difference between two texts as long as the measured one.
         deviation_scale: what the surrogate's deviation is multiplied by, >= 1.
-        excess_scale: what the excess over the front is multiplied by.
+        excess_bias: the share of the excess over the front by which means are too low.
+        excess_scale: the share of it that counts as deviation.
         degrees: of freedom behind all of it, >= 1.
     """
 
@@ -101,6 +102,7 @@ class Intervals:
     degrees: int
     sizes: tuple[float, ...] = ()
     excess_scale: float = 0.0
+    excess_bias: float = 0.0
 
     def __post_init__(self) -> None:
         n = len(self.means)
@@ -117,7 +119,7 @@ class Intervals:
 
         Args:
             front: three strategies of StratNet's or more.
-            others: strategies off the front; none: the share of the excess is that of the prior.
+            others: strategies off the front; none: the shares of the excess are the prior's.
             deviation_scale: see the class; `GaussianProcess.deviation_scale`.
         """
         window_kl, mean = front.window_kl, front.mean
@@ -145,7 +147,8 @@ class Intervals:
             deviation_scale=max(1.0, deviation_scale),
             degrees=n - 1,
         )
-        return replace(found, excess_scale=found._fitting_share(others))
+        bias, scale = found._fitting_shares(others)
+        return replace(found, excess_bias=bias, excess_scale=scale)
 
     @classmethod
     def restore(cls, document: Mapping[str, Any]) -> Intervals:
@@ -154,7 +157,7 @@ class Intervals:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        fields = {"sizes": (), **document}  # runs from before sizes were kept have none
+        fields = {"sizes": (), **document}  # runs of before have no sizes
         for name in ("means", "residuals", "deviations", "sizes"):
             fields[name] = tuple(map(float, fields[name]))
         return cls(**fields)
@@ -174,14 +177,16 @@ class Intervals:
         known = np.array(self.deviations)
         on_front = np.maximum(known[right - 1], known[right])  # of the neighbours on the front
         beyond = np.square(std.double().numpy()) - np.square(on_front)
+        excess = self._excess(x, sizes.double().numpy())
         variance = (
             unsure.clip(min=0.0)
             + self.nugget**2
             + self.text_variance
             + self.deviation_scale**2 * beyond.clip(min=0.0)
-            + np.square(self.excess_scale * self._excess(x, sizes.double().numpy()))
+            + np.square(self.excess_scale * excess)
         )
-        return torch.from_numpy(x + cross @ weights), torch.from_numpy(variance)
+        centre = x + cross @ weights + self.excess_bias * excess
+        return torch.from_numpy(centre), torch.from_numpy(variance)
 
     def _excess(self, means: Floats, sizes: Floats) -> Floats:
         """Return by how much ``q`` means lie above the front's at the same sizes, or zero."""
@@ -191,18 +196,28 @@ class Intervals:
         front = np.interp(sizes, np.array(self.sizes)[order], np.array(self.means)[order])
         return np.asarray(means - front, dtype=np.float64).clip(min=0.0)
 
-    def _fitting_share(self, others: Measured | None) -> float:
-        """Return the share of the excess that fits what was measured off the front best."""
-        centre, spread = _EXCESS_PRIOR
-        logs = np.log(np.array(_EXCESSES))
-        evidence = -0.5 * np.square((logs - centre) / spread)
+    def _fitting_shares(self, others: Measured | None) -> tuple[float, float]:
+        """Return bias and scale of the excess, a posteriori, by what was measured off the front.
+
+        An error is the bias times the excess and noise, of which a share of the excess is a part.
+        Given that share the bias is a linear model's (Bishop 2006, section 3.3); the share is the
+        one of the greatest evidence and prior, and how unsure the bias is left counts as more.
+        """
+        errors = known = excess = np.zeros(0)
         if others is not None:
             middle, variance = self.corrected(others.mean, others.std, others.sizes)
-            errors = np.square((others.log_kl - middle).numpy())
+            errors, known = (others.log_kl - middle).numpy(), variance.numpy()
             excess = self._excess(others.mean.double().numpy(), others.sizes.double().numpy())
-            wide = variance.numpy() + np.square(np.exp(logs)[:, None] * excess)
-            evidence = evidence - 0.5 * (errors / wide + np.log(wide)).sum(1)
-        return float(_EXCESSES[int(evidence.argmax())])
+        centre, spread = _EXCESS_PRIOR
+        shares = np.array(_EXCESSES)
+        noise = known + np.square(shares[:, None] * excess)  # (shares, others)
+        precision = 1 / _BIAS_PRIOR**2 + (np.square(excess) / noise).sum(1)
+        bias = (excess * errors / noise).sum(1) / precision
+        misfit = (np.square(errors) / noise).sum(1) - precision * np.square(bias)
+        evidence = -0.5 * (misfit + np.log(noise).sum(1) + np.log(precision))
+        evidence -= 0.5 * np.square((np.log(shares) - centre) / spread)
+        best = int(evidence.argmax())
+        return float(bias[best]), math.hypot(shares[best], precision[best] ** -0.5)
 
     @cached_property
     def _solved(self) -> tuple[Floats, Floats]:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from unicuco.surrogate import EPSILON, Intervals, Measured
+
+PRIOR = math.hypot(0.1, 0.05)  # of the excess: what all have in common, and single ones
 
 
 def draw(n: int, windows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,27 +113,72 @@ def test_a_deviation_beyond_the_fronts_own_widens_the_interval_by_its_scale() ->
 
 def test_what_lies_above_the_front_of_its_size_is_less_sure_by_a_share_of_that() -> None:
     intervals = calibrated()
-    assert intervals.excess_scale == 0.1, "the prior's"
+    assert (intervals.excess_bias, intervals.excess_scale) == (0.0, pytest.approx(PRIOR))
     assert width(intervals, -2.0) < width(intervals, -2.0, excess=0.5)
     assert width(intervals, -2.0, excess=-0.5) == width(intervals, -2.0), "below: as on it"
     point, std = torch.tensor([-2.0]), torch.tensor([0.01])
     _, near = intervals.corrected(point, std, -point)
     _, far = intervals.corrected(point, std, -point + 0.8)
-    assert float(far - near) == pytest.approx((0.1 * 0.8) ** 2, rel=1e-6)
+    assert float(far - near) == pytest.approx((PRIOR * 0.8) ** 2, rel=1e-6)
+
+
+def off_front(above: Tensor, log_kl: Tensor) -> Measured:
+    """Strategies an excess of one nat above the front, whose windows are alike."""
+    kl = log_kl.exp()[:, None].repeat(1, 4) - EPSILON
+    return Measured(window_kl=kl, mean=above, std=torch.zeros_like(above), sizes=1.0 - above)
 
 
 def test_the_share_is_the_one_that_fits_what_was_measured_off_the_front() -> None:
     validation, _, said = draw(12, 2000, 1)
     on_front = front(validation, said)
-    above, truth = said[3:9], validation.mean(1).log()[3:9]
+    above, truth = said[3:9], (validation.mean(1)[3:9] + EPSILON).log()
     for share, least, most in ((0.0, 0.0, 0.075), (0.3, 0.2, 0.45)):
         errors = share * torch.tensor([1.0, -1.0]).repeat(3).double()
-        kl = (truth + errors).exp()[:, None].repeat(1, 4)  # of an excess of one nat
-        others = Measured(window_kl=kl, mean=above, std=torch.zeros(6).double(), sizes=1.0 - above)
+        others = off_front(above, truth + errors)
         found = Intervals.calibrate(on_front, others)
         assert least <= found.excess_scale <= most, share
+        assert abs(found.excess_bias) < 0.05
     nothing = Measured(**{k: v[:0] for k, v in vars_of(others).items()})
-    assert Intervals.calibrate(on_front, nothing).excess_scale == 0.1
+    assert Intervals.calibrate(on_front, nothing) == Intervals.calibrate(on_front)
+
+
+def test_what_the_surrogate_gets_wrong_off_the_front_is_corrected() -> None:
+    on_front = calibrated()
+    above = torch.linspace(-2.9, -0.1, 6, dtype=torch.float64)
+    told = front((above + 0.1).exp()[:, None].repeat(1, 2), above)
+    corrected, _ = on_front.corrected(told.mean, told.std, told.sizes)
+    means = torch.linspace(-4, 0, 5, dtype=torch.float64)
+    kl = (means + 0.1).exp()[:, None] * torch.tensor([0.9, 1.1], dtype=torch.float64) - EPSILON
+    found = Intervals.calibrate(front(kl, means, 0.01), off_front(above, corrected + 0.2))
+    assert 0.1 < found.excess_bias < 0.2, "drawn a little to none"
+    assert found.excess_scale < PRIOR
+    centre, _ = found.corrected(above, told.std, 1.0 - above)
+    assert torch.allclose(centre, corrected + found.excess_bias)
+    same, _ = found.corrected(above, told.std, told.sizes)
+    assert torch.allclose(same, corrected), "on the front nothing changes"
+
+
+def test_the_bias_is_the_posterior_mean_of_a_linear_model() -> None:
+    plain = replace(calibrated(), excess_scale=0.0)
+    generator = torch.Generator().manual_seed(0)
+    above = torch.linspace(-2.9, -0.1, 6, dtype=torch.float64)
+    noise = 0.1 * torch.randn(6, generator=generator, dtype=torch.float64)
+    others = off_front(above, above + 0.1 + noise)
+    bias, scale = plain._fitting_shares(others)
+    centre, variance = plain.corrected(above, others.std, others.sizes)
+
+    def posterior(share: float) -> tuple[float, float, float]:
+        # All jointly Gaussian: errors of covariance diag(variance + share^2) + 0.1^2 1 1'.
+        errors, ones = others.log_kl - centre, torch.ones(6, 1, dtype=torch.float64)
+        covariance = (variance + share**2).diag() + 0.01 * ones @ ones.T
+        gain = 0.01 * torch.linalg.solve(covariance, ones)[:, 0]
+        left = 0.01 - 0.01 * float(gain.sum())
+        normal = torch.distributions.MultivariateNormal(torch.zeros(6).double(), covariance)
+        prior = -0.5 * (math.log(share / 0.05) / 0.5) ** 2
+        return float(normal.log_prob(errors)) + prior, float(gain @ errors), share**2 + left
+
+    _, mean, spread = max(posterior(s) for s in (0.0125, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3))
+    assert (bias, scale) == (pytest.approx(mean), pytest.approx(math.sqrt(spread)))
 
 
 def vars_of(measured: Measured) -> dict[str, Tensor]:
@@ -141,7 +188,7 @@ def vars_of(measured: Measured) -> dict[str, Tensor]:
 
 def test_intervals_of_runs_from_before_sizes_were_kept_are_as_they_were() -> None:
     document = asdict(calibrated())
-    del document["sizes"], document["excess_scale"]
+    del document["sizes"], document["excess_scale"], document["excess_bias"]
     old = Intervals.restore(document)
     assert width(old, -2.0, excess=0.5) == width(old, -2.0) == width(calibrated(), -2.0)
     with pytest.raises(ValueError, match="sizes"):
