@@ -30,7 +30,7 @@ from benchmarks import ablation, report, tasks
 from benchmarks.common import Bench
 from benchmarks.jobs import kind_of, make_jobs, run_jobs
 from benchmarks.ledger import Ledger, Setting
-from benchmarks.second_model import SECOND, resolve
+from benchmarks.second_model import SECOND, SMALLER, resolve
 from unicuco.pipeline.contest import LEARNED, allocator_names
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser(parts: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure the quality of what is learned.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
-    parser.add_argument("--model", default="reference", help=f"or {SECOND}, or a folder")
+    parser.add_argument("--model", default="reference", help=f"or {SECOND}, {SMALLER}, or a folder")
     parser.add_argument("--seeds", type=int, help="of every part; its own number if left out")
     parser.add_argument("--sparsity", type=_numbers, default=SPARSITIES, help="0.5,0.6,…")
     parser.add_argument("--processes", type=int, default=1, help="of one thread, side by side")

@@ -33,11 +33,11 @@ def front(kl: Tensor, said: Tensor, std: float = 0.0) -> Measured:
     return Measured(window_kl=kl, mean=said, std=torch.full_like(said, std), sizes=-said)
 
 
-def calibrated(**changes: float) -> Intervals:
+def calibrated(others: Measured | None = None, **changes: float) -> Intervals:
     """Calibrated on five strategies of which the surrogate says a tenth too little."""
     means = torch.linspace(-4, 0, 5, dtype=torch.float64)
     kl = (means + 0.1).exp()[:, None] * torch.tensor([0.9, 1.1], dtype=torch.float64) - EPSILON
-    return Intervals.calibrate(front(kl, means, 0.01), **changes)
+    return Intervals.calibrate(front(kl, means, 0.01), others, **changes)
 
 
 def width(intervals: Intervals, mean: float, std: float = 0.0, excess: float = 0.0) -> float:
@@ -143,18 +143,15 @@ def test_the_share_is_the_one_that_fits_what_was_measured_off_the_front() -> Non
 
 
 def test_what_the_surrogate_gets_wrong_off_the_front_is_corrected() -> None:
-    on_front = calibrated()
     above = torch.linspace(-2.9, -0.1, 6, dtype=torch.float64)
-    told = front((above + 0.1).exp()[:, None].repeat(1, 2), above)
-    corrected, _ = on_front.corrected(told.mean, told.std, told.sizes)
-    means = torch.linspace(-4, 0, 5, dtype=torch.float64)
-    kl = (means + 0.1).exp()[:, None] * torch.tensor([0.9, 1.1], dtype=torch.float64) - EPSILON
-    found = Intervals.calibrate(front(kl, means, 0.01), off_front(above, corrected + 0.2))
+    std = torch.zeros_like(above)
+    corrected, _ = calibrated().corrected(above, std, -above)
+    found = calibrated(off_front(above, corrected + 0.2))
     assert 0.1 < found.excess_bias < 0.2, "drawn a little to none"
     assert found.excess_scale < PRIOR
-    centre, _ = found.corrected(above, told.std, 1.0 - above)
+    centre, _ = found.corrected(above, std, 1.0 - above)
     assert torch.allclose(centre, corrected + found.excess_bias)
-    same, _ = found.corrected(above, told.std, told.sizes)
+    same, _ = found.corrected(above, std, -above)
     assert torch.allclose(same, corrected), "on the front nothing changes"
 
 
