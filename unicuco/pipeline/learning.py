@@ -41,7 +41,7 @@ from unicuco.surrogate import GaussianProcess, Intervals, Measured, Surrogate, T
 from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, ServedAs, Strategy
 
 _FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
-_VALIDATION_POINTS: Final = 12
+_VALIDATION_POINTS: Final = 16
 _RIVAL_SPARSITIES: Final = (0.5, 0.65, 0.8)
 _VERSIONS: Final = ("unicuco", "torch", "transformers", "gpytorch")
 

@@ -3,10 +3,11 @@
 After learning, StratNet's answers to targets along the front are measured on the validation text,
 which nothing was fitted to. Their log residuals show where along the front the surrogate errs, and
 it errs smoothly: a Gaussian process over the predicted log KL (a constant and a squared
-exponential; amplitude, length and nugget are those of the greatest evidence on a grid) says how
-much to correct, and how sure that is. Its nugget is by how much single strategies differ from their
-neighbours. How much the KL varies from window to window of the validation text says how much a text
-of the same length varies as a whole.
+exponential; amplitude, length and nugget are averages over a grid, by evidence) says how much to
+correct, and how sure that is. Its nugget is by how much single strategies differ from their
+neighbours. How much a strategy's KL varies from window to window of the validation text says how
+much it varies between texts of that length: texts are hard or easy, and not for all strategies
+alike.
 
 A strategy that StratNet would not answer is less certain. The surrogate's own deviation says so,
 but too small; it is multiplied by what its leave-one-out errors ask for, and counts in as far as it
@@ -84,7 +85,7 @@ class Intervals:
         deviations: ``n``, the surrogate's own.
         sizes: ``n``, what the strategies keep; none, as in older runs: excess is not looked at.
         amplitude, length, nugget: of the correction; deviations, and nats of log KL.
-        text_variance: of the difference between two texts as long as the measured one.
+        text_variance: of how a strategy differs between two texts as long as the measured one.
         deviation_scale: what the surrogate's deviation is multiplied by, >= 1.
         excess_bias: the share of the excess over the front by which means are too low.
         excess_scale: the share of it that counts as deviation.
@@ -122,19 +123,15 @@ class Intervals:
             others: strategies off the front; none: the shares of the excess are the prior's.
             deviation_scale: see the class; `GaussianProcess.deviation_scale`.
         """
-        window_kl, mean = front.window_kl, front.mean
-        n, w = window_kl.shape
-        kl = window_kl.double().mean(1)
-        order = mean.argsort()
-        # How hard each window is, on average 1; a text is as hard as its windows together.
-        hardness = (window_kl / kl[:, None].clamp(min=EPSILON)).mean(0)
-        text_variance = 2 * float(hardness.var()) / w if w > 1 else 0.0
-        means = mean[order].double().numpy()
-        residuals = (front.log_kl - mean)[order].numpy()
-        amplitude, length, nugget = max(
-            itertools.product(_AMPLITUDES, _LENGTHS, _NUGGETS),
-            key=lambda shape: _log_evidence(means, residuals, *shape),
-        )
+        n, w = front.window_kl.shape
+        order = front.mean.argsort()
+        # How hard each window is for each strategy, on average 1; a text is the mean of w windows.
+        window_kl = front.window_kl.double()
+        hardness = window_kl / (window_kl.mean(1, keepdim=True) + EPSILON)
+        text_variance = 2 * float(hardness.var(1).mean()) / w if w > 1 else 0.0
+        means = front.mean[order].double().numpy()
+        residuals = (front.log_kl - front.mean)[order].numpy()
+        amplitude, length, nugget = _shape(means, residuals)
         found = cls(
             means=tuple(means.tolist()),
             residuals=tuple(residuals.tolist()),
@@ -251,6 +248,19 @@ def _solve(
     factor: Floats = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
     weights: Floats = np.linalg.solve(factor.T, np.linalg.solve(factor, residuals))
     return factor, weights
+
+
+def _shape(x: Floats, residuals: Floats) -> tuple[float, float, float]:
+    """Return amplitude, length and nugget: means of their logarithms a posteriori.
+
+    A priori all of the grid are alike. The best of them would jump by a factor of two where a dozen
+    residuals leave two nearly as likely.
+    """
+    grid = np.array(list(itertools.product(_AMPLITUDES, _LENGTHS, _NUGGETS)))
+    evidence = np.array([_log_evidence(x, residuals, *shape) for shape in grid])
+    likely = np.exp(evidence - evidence.max())
+    amplitude, length, nugget = np.exp(likely @ np.log(grid) / likely.sum()).tolist()
+    return amplitude, length, nugget
 
 
 def _log_evidence(

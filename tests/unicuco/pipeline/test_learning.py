@@ -117,9 +117,9 @@ def test_every_pass_over_the_model_is_counted(run: Run) -> None:
     ]:
         assert costs[name].text_digest == run.manifest["data"][text]
     validation = [m for m in measured if m.purpose.startswith("validation")]
-    assert len(validation) == 12 + 3 + 3
+    assert len(validation) == 16 + 3 + 3
     total = 6 * 3 + sum(m.cost_units for m in measured)
-    assert run.manifest["cost_units"] == total == 18 + 6 + 18
+    assert run.manifest["cost_units"] == total == 18 + 6 + 22
 
 
 def test_progress_tells_every_stage_to_its_end(learned: tuple[Run, list[Progress]]) -> None:

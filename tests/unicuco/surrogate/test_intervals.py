@@ -69,7 +69,7 @@ def test_what_the_surrogate_gets_wrong_along_the_front_is_corrected() -> None:
     assert float(variance.max().sqrt()) < 0.1
 
 
-def test_the_correction_is_that_of_a_process_with_the_greatest_evidence() -> None:
+def test_the_correction_is_that_of_a_process_averaged_by_evidence() -> None:
     validation, _, said = draw(9, 6, 3)
     found = Intervals.calibrate(front(validation, said))
     x, y = torch.tensor([found.means, found.residuals], dtype=torch.float64)
@@ -80,16 +80,17 @@ def test_the_correction_is_that_of_a_process_with_the_greatest_evidence() -> Non
         apart = (a[:, None] - b) / length
         return 0.3**2 + amplitude**2 * torch.exp(-0.5 * apart.square())
 
-    def log_evidence(amplitude: float, length: float, nugget: float) -> float:
-        covariance = kernel(x, x, amplitude, length) + nugget**2 * eye
-        normal = torch.distributions.MultivariateNormal(torch.zeros(9).double(), covariance)
-        return float(normal.log_prob(y))
-
-    own = log_evidence(found.amplitude, found.length, found.nugget)
-    for amplitude in (0.03, 0.1, 0.3):
-        for length in (0.5, 2.0):
-            for nugget in (0.02, 0.08):
-                assert log_evidence(amplitude, length, nugget) <= own + 1e-9
+    total, logs = 0.0, torch.zeros(3, dtype=torch.float64)
+    for amplitude in (0.01, 0.03, 0.1, 0.3, 1.0):
+        for length in (0.5, 1.0, 2.0, 4.0):
+            for nugget in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32):
+                covariance = kernel(x, x, amplitude, length) + nugget**2 * eye
+                normal = torch.distributions.MultivariateNormal(torch.zeros(9).double(), covariance)
+                likelihood = math.exp(float(normal.log_prob(y)))
+                total += likelihood
+                logs += likelihood * torch.tensor([amplitude, length, nugget]).double().log()
+    shape = (found.amplitude, found.length, found.nugget)
+    assert shape == pytest.approx((logs / total).exp().tolist(), rel=1e-6)
     point = torch.tensor([-1.7], dtype=torch.float64)
     covariance = kernel(x, x, found.amplitude, found.length) + found.nugget**2 * eye
     cross = kernel(point, x, found.amplitude, found.length)
@@ -99,6 +100,17 @@ def test_the_correction_is_that_of_a_process_with_the_greatest_evidence() -> Non
     unsure = 0.3**2 + found.amplitude**2 - float(cross[0] @ solved[:, 1])
     expected = unsure + found.nugget**2 + found.text_variance
     assert float(variance) == pytest.approx(expected, abs=1e-9)
+
+
+def test_texts_vary_by_what_windows_do_to_each_strategy_not_only_to_all_alike() -> None:
+    means = torch.linspace(-4, 0, 4, dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    seesaw = 0.1 * signs[:, None] * signs
+    for hardness in (1 + seesaw, 1 + seesaw[:1]):
+        kl = means.exp()[:, None] * hardness - EPSILON
+        found = Intervals.calibrate(front(kl, means))
+        # Two texts of four windows; one window's hardness has a variance of 0.01, 4/3 unbiased.
+        assert found.text_variance == pytest.approx(2 * 0.01 * (4 / 3) / 4, rel=1e-6)
 
 
 def test_a_deviation_beyond_the_fronts_own_widens_the_interval_by_its_scale() -> None:
