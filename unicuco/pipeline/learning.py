@@ -7,6 +7,7 @@ measured is in the store before it counts.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
-from unicuco.errors import RunError, SurrogateError
+from unicuco.errors import AllocationError, RunError, SurrogateError
 from unicuco.files import file_digest, replace_with
 from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS
@@ -42,6 +43,7 @@ from unicuco.types import Ask, Evaluation, FailedEvaluation, Outcome, ServedAs, 
 
 _FINAL_STEPS: Final = 200  # of StratNet's last training: more change log KL by less than 0.001
 _VALIDATION_POINTS: Final = 16
+_VALIDATED_FROM: Final = 0.1  # above the lowest sparsity
 _RIVAL_SPARSITIES: Final = (0.5, 0.65, 0.8)
 _VERSIONS: Final = ("unicuco", "torch", "transformers", "gpytorch")
 
@@ -199,16 +201,52 @@ def _validate(
     space = prepared.space
     text = prepared.texts.validation
     started = time.perf_counter()
-    judge = prepared.judge(text)
+    config, arrays = prepared.judging(text)
     _record_dense("validation", text, store, time.perf_counter() - started)
-    low, high = prepared.search.sparsity_range
-    targets = torch.linspace(low + 0.1, high, _VALIDATION_POINTS, dtype=torch.float64).tolist()
-    asked: list[tuple[str, float, Strategy]] = [
-        ("stratnet", target, strategy)
-        for target, strategy in zip(
-            targets, StratNetAllocator(net, space).allocate(targets), strict=True
+    asked = _validated(prepared, net)
+    windows = _measure(
+        prepared.dense.judge(config, arrays), asked, text.num_tokens, text.digest, store, progress
+    )
+    finite = [bool(kl.isfinite().all()) for kl in windows]  # the rest overflow
+    asked = [one for one, usable in zip(asked, finite, strict=True) if usable]
+    windows = [kl for kl, usable in zip(windows, finite, strict=True) if usable]
+    curves: dict[str, list[tuple[float, float]]] = {"stratnet": [], "uniform": [], "fisher": []}
+    for (name, sparsity, _), kl in zip(asked, windows, strict=True):
+        curves[name].append((sparsity, float(kl.mean())))
+    if len(curves["stratnet"]) < 2:
+        raise AllocationError(
+            "StratNet's answers overflow on the validation text; lower max-sparsity and learn again"
         )
-    ]
+    points = space.encode([strategy for _, _, strategy in asked])
+    vocabulary = prepared.loaded.model.config.get_text_config().vocab_size
+    # Of a model that knows nothing, and says so.
+    entropy = -torch.as_tensor(arrays["text/negative_entropy"], dtype=torch.float64)
+    nothing = math.log(vocabulary) - entropy
+    return curves, _calibrated(
+        surrogate,
+        points,
+        space.cost.size(space.settings(points)),
+        torch.stack(windows),
+        len(curves["stratnet"]),
+        nothing.view(len(text.ids), -1).mean(1),
+    )
+
+
+def _validated(prepared: Prepared, net: StratNet) -> list[tuple[str, float, Strategy]]:
+    """Return whose strategies to measure on validation text: name, sparsity and strategy.
+
+    StratNet's come first. Where strategies are few, as with blocks to drop, it answers several
+    targets alike; each of its answers is measured once, but two in any case.
+    """
+    space = prepared.space
+    low, high = prepared.search.sparsity_range
+    # Nearly nothing is lost to the lowest; where the range is short, half of it will do.
+    first = low + min(_VALIDATED_FROM, (high - low) / 2)
+    targets = torch.linspace(first, high, _VALIDATION_POINTS, dtype=torch.float64).tolist()
+    answers = StratNetAllocator(net, space).allocate(targets)
+    own = [("stratnet", target, answer) for target, answer in zip(targets, answers, strict=True)]
+    first_of = {strategy.key: k for k, (_, _, strategy) in reversed(list(enumerate(own)))}
+    asked = [own[k] for k in sorted(first_of.values())] if len(first_of) > 1 else own[:2]
     context = allocation_context(prepared)
     # What a strategy of weights alone costs says nothing of shapes.
     rivals = [s for s in _RIVAL_SPARSITIES if s <= high and space.cost.served_as is ServedAs.MASK]
@@ -218,25 +256,25 @@ def _validate(
             (name, sparsity, strategy)
             for sparsity, strategy in zip(rivals, strategies, strict=True)
         ]
-    windows = _measure(judge, asked, text.num_tokens, text.digest, store, progress)
-    curves: dict[str, list[tuple[float, float]]] = {"stratnet": [], "uniform": [], "fisher": []}
-    for (name, sparsity, _), kl in zip(asked, windows, strict=True):
-        curves[name].append((sparsity, float(kl.mean())))
-    points = space.encode([strategy for _, _, strategy in asked])
-    sizes = space.cost.size(space.settings(points))
-    return curves, _calibrated(surrogate, points, sizes, torch.stack(windows), len(targets))
+    return asked
 
 
 @torch.no_grad()
 def _calibrated(
-    surrogate: Surrogate, points: Tensor, sizes: Tensor, window_kl: Tensor, num_front: int
+    surrogate: Surrogate,
+    points: Tensor,
+    sizes: Tensor,
+    window_kl: Tensor,
+    num_front: int,
+    nothing: Tensor,
 ) -> dict[str, object]:
     """Return the intervals that ``n x w`` measurements at ``n x d`` points give, task by task.
 
-    The first ``num_front`` points are StratNet's, the others off the front.
+    The first ``num_front`` points are StratNet's, the others off the front; ``nothing`` is the KL
+    of a model that knows nothing on each of the w windows.
     """
 
-    def intervals(process: GaussianProcess, own: Tensor) -> dict[str, object]:
+    def intervals(process: GaussianProcess, own: Tensor, ceiling: Tensor) -> dict[str, object]:
         columns = (own, *process.posterior(points), sizes)
         front, others = (
             Measured(window_kl=kl, mean=mean, std=std, sizes=kept)
@@ -245,16 +283,22 @@ def _calibrated(
                 [column[num_front:] for column in columns],
             )
         )
-        scale = process.deviation_scale()
-        return asdict(Intervals.calibrate(front, others, deviation_scale=scale))
+        found = Intervals.calibrate(
+            front,
+            others,
+            deviation_scale=process.deviation_scale(),
+            ceiling=float(ceiling.mean()),
+        )
+        return asdict(found)
 
     if not isinstance(surrogate, TaskSurrogates):
         assert isinstance(surrogate, GaussianProcess), "there is no other kind"
-        return intervals(surrogate, window_kl)
-    parts = window_kl.chunk(len(surrogate.processes), dim=1)
+        return intervals(surrogate, window_kl, nothing)
+    count = len(surrogate.processes)
+    parts = zip(window_kl.chunk(count, dim=1), nothing.chunk(count), strict=True)
     return {
-        task: intervals(process, own)
-        for (task, process), own in zip(surrogate.processes.items(), parts, strict=True)
+        task: intervals(process, own, ceiling)
+        for (task, process), (own, ceiling) in zip(surrogate.processes.items(), parts, strict=True)
     }
 
 
@@ -272,12 +316,13 @@ def _measure(
     for number, (name, _, strategy) in enumerate(asked):
         progress(Progress(stage="validate", done=number, total=len(asked)))
         windows.append(next(judged))
+        kl = float(windows[-1].mean())
         store.record_measurements(
             [
                 Measurement(
                     purpose=f"validation {name}",
                     strategy_key=strategy.key,
-                    kl=float(windows[-1].mean()),
+                    kl=kl if math.isfinite(kl) else None,
                     tokens=tokens,
                     cost_units=1.0,
                     seconds=time.perf_counter() - started,

@@ -32,7 +32,7 @@ from unicuco.models import LoadedModel, load_tokenizer
 from unicuco.models.weights import weight_source
 from unicuco.pipeline import levelling
 from unicuco.pipeline.backend import Backend
-from unicuco.pipeline.dense import DenseModel, JudgeWindows, open_dense, pack_dense_text
+from unicuco.pipeline.dense import DenseModel, open_dense, pack_dense_text
 from unicuco.pipeline.files import load_tensors, save_tensors
 from unicuco.pipeline.options import LearnOptions, ProgressSink
 from unicuco.pipeline.shrinking import check_shapes, factors_of, units_of
@@ -106,10 +106,6 @@ class Prepared:
         """Return what evaluators on a text are made of; runs the dense model once over it."""
         arrays = {**self.model_arrays(), **self.text_arrays(text)}
         return replace(self.evaluator, text_digest=text.digest), arrays
-
-    def judge(self, text: TokenSet) -> JudgeWindows:
-        """Return what judges strategies on a text in this process; runs the dense model once."""
-        return self.dense.judge(*self.judging(text))
 
     def sampled_search_text(self, seed: int) -> tuple[TokenSet, Measurement]:
         """Draw as many windows as the search text has, by clusters, from all that it could have."""

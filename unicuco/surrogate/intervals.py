@@ -14,7 +14,13 @@ but too small; it is multiplied by what its leave-one-out errors ask for, and co
 exceeds what it is on the front, where the correction was measured. And the further a strategy lies
 above the front of its size, by what the surrogate says, the less it is like those that were
 corrected: the surrogate is too hopeful by a share of that excess, and unsure by another. Both are
-what fits best what one-shot allocators (uniform, Fisher) measured on the same text, under a prior.
+what one-shot allocators (uniform, Fisher) measured on the same text makes of a prior.
+
+The surrogate knows no ceiling, but a model that knows nothing, and says so, is off by no more than
+log V - H (V words, the dense model's entropy H). All of the above is said of a KL without a
+ceiling, which bends below it: K = (k^-4 + C^-4)^(-1/4). The power is what random strategies of the
+reference model show. A model that is sure of what is wrong may be worse; where one was measured to
+be, the ceiling is lifted.
 
 Student's t accounts for how few strategies were measured. What this does not know: whether a fresh
 text really is of that kind.
@@ -46,9 +52,11 @@ _AMPLITUDES: Final = (0.01, 0.03, 0.1, 0.3, 1.0)
 _LENGTHS: Final = (0.5, 1.0, 2.0, 4.0)  # nats of log KL: a front spans about seven
 _NUGGETS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 # Shares of the excess over the front, by which single strategies differ from each other.
-_EXCESSES: Final = (0.0125, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45)
+_EXCESSES: Final = np.geomspace(0.01, 0.5, 18)
 _EXCESS_PRIOR: Final = (math.log(0.05), 0.5)  # mean and deviation of the share's logarithm
 _BIAS_PRIOR: Final = 0.1  # deviation of the share that all have in common, around none
+_BEND: Final = 4.0
+_REACHED: Final = 0.95  # of the ceiling at most: where more was measured, it lies higher
 
 Floats = NDArray[np.float64]
 
@@ -89,6 +97,7 @@ class Intervals:
         deviation_scale: what the surrogate's deviation is multiplied by, >= 1.
         excess_bias: the share of the excess over the front by which means are too low.
         excess_scale: the share of it that counts as deviation.
+        ceiling: that KL bends below, nats per token; none, as in older runs: there is none.
         degrees: of freedom behind all of it, >= 1.
     """
 
@@ -104,6 +113,7 @@ class Intervals:
     sizes: tuple[float, ...] = ()
     excess_scale: float = 0.0
     excess_bias: float = 0.0
+    ceiling: float | None = None
 
     def __post_init__(self) -> None:
         n = len(self.means)
@@ -111,18 +121,29 @@ class Intervals:
             raise ValueError(f"{n} means need as many residuals and deviations, two at least")
         if len(self.sizes) not in (0, n):
             raise ValueError(f"{n} means need as many sizes, or none, got {len(self.sizes)}")
+        if self.ceiling is not None and not self.ceiling > 0:
+            raise ValueError(f"a ceiling is above 0 nats, got {self.ceiling}")
 
     @classmethod
     def calibrate(
-        cls, front: Measured, others: Measured | None = None, *, deviation_scale: float = 1.0
+        cls,
+        front: Measured,
+        others: Measured | None = None,
+        *,
+        deviation_scale: float = 1.0,
+        ceiling: float | None = None,
     ) -> Intervals:
         """Calibrate on validation measurements.
 
         Args:
-            front: three strategies of StratNet's or more.
+            front: two strategies of StratNet's or more, each once.
             others: strategies off the front; none: the shares of the excess are the prior's.
             deviation_scale: see the class; `GaussianProcess.deviation_scale`.
+            ceiling: log V - H; none: there is none.
         """
+        if ceiling is not None:
+            told = [front.log_kl, *([] if others is None else [others.log_kl])]
+            ceiling = max(ceiling, float(torch.cat(told).max().exp()) / _REACHED)
         n, w = front.window_kl.shape
         order = front.mean.argsort()
         # How hard each window is for each strategy, on average 1; a text is the mean of w windows.
@@ -130,7 +151,7 @@ class Intervals:
         hardness = window_kl / (window_kl.mean(1, keepdim=True) + EPSILON)
         text_variance = 2 * float(hardness.var(1).mean()) / w if w > 1 else 0.0
         means = front.mean[order].double().numpy()
-        residuals = (front.log_kl - front.mean)[order].numpy()
+        residuals = (_unbent(front.log_kl, ceiling) - front.mean)[order].numpy()
         amplitude, length, nugget = _shape(means, residuals)
         found = cls(
             means=tuple(means.tolist()),
@@ -143,6 +164,7 @@ class Intervals:
             text_variance=text_variance,
             deviation_scale=max(1.0, deviation_scale),
             degrees=n - 1,
+            ceiling=ceiling,
         )
         bias, scale = found._fitting_shares(others)
         return replace(found, excess_bias=bias, excess_scale=scale)
@@ -165,6 +187,14 @@ class Intervals:
 
     def corrected(self, mean: Tensor, std: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Return centre and variance, ``q`` each, of the log (KL + EPSILON) of a fresh text."""
+        centre, variance = self._without_ceiling(mean, std, sizes)
+        if self.ceiling is not None:
+            highest = torch.tensor(-_BEND * math.log(self.ceiling), dtype=torch.float64)
+            centre = torch.logaddexp(-_BEND * centre, highest) / -_BEND
+        return centre, variance
+
+    def _without_ceiling(self, mean: Tensor, std: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return centre and variance as if KL had no ceiling."""
         x = mean.double().numpy()
         cross = _covariance(x, np.array(self.means), self.amplitude, self.length)  # (q, n)
         factor, weights = self._solved
@@ -197,24 +227,26 @@ class Intervals:
         """Return bias and scale of the excess, a posteriori, by what was measured off the front.
 
         An error is the bias times the excess and noise, of which a share of the excess is a part.
-        Given that share the bias is a linear model's (Bishop 2006, section 3.3); the share is the
-        one of the greatest evidence and prior, and how unsure the bias is left counts as more.
+        Given that share the bias is a linear model's (Bishop 2006, section 3.3). Both are averaged
+        over a grid of shares, even in logarithms; how unsure the bias is left counts as share.
         """
         errors = known = excess = np.zeros(0)
         if others is not None:
-            middle, variance = self.corrected(others.mean, others.std, others.sizes)
-            errors, known = (others.log_kl - middle).numpy(), variance.numpy()
+            middle, variance = self._without_ceiling(others.mean, others.std, others.sizes)
+            errors = (_unbent(others.log_kl, self.ceiling) - middle).numpy()
+            known = variance.numpy()
             excess = self._excess(others.mean.double().numpy(), others.sizes.double().numpy())
         centre, spread = _EXCESS_PRIOR
-        shares = np.array(_EXCESSES)
-        noise = known + np.square(shares[:, None] * excess)  # (shares, others)
+        noise = known + np.square(_EXCESSES[:, None] * excess)  # (shares, others)
         precision = 1 / _BIAS_PRIOR**2 + (np.square(excess) / noise).sum(1)
-        bias = (excess * errors / noise).sum(1) / precision
-        misfit = (np.square(errors) / noise).sum(1) - precision * np.square(bias)
+        biases = (excess * errors / noise).sum(1) / precision
+        misfit = (np.square(errors) / noise).sum(1) - precision * np.square(biases)
         evidence = -0.5 * (misfit + np.log(noise).sum(1) + np.log(precision))
-        evidence -= 0.5 * np.square((np.log(shares) - centre) / spread)
-        best = int(evidence.argmax())
-        return float(bias[best]), math.hypot(shares[best], precision[best] ** -0.5)
+        evidence -= 0.5 * np.square((np.log(_EXCESSES) - centre) / spread)
+        likely = _normalised(evidence)
+        bias = float(likely @ biases)
+        spreads = np.square(_EXCESSES) + 1 / precision + np.square(biases - bias)
+        return bias, math.sqrt(float(likely @ spreads))
 
     @cached_property
     def _solved(self) -> tuple[Floats, Floats]:
@@ -253,14 +285,27 @@ def _solve(
 def _shape(x: Floats, residuals: Floats) -> tuple[float, float, float]:
     """Return amplitude, length and nugget: means of their logarithms a posteriori.
 
-    A priori all of the grid are alike. The best of them would jump by a factor of two where a dozen
+    A priori all of the grid are alike. The best of them would jump by a factor of two where so few
     residuals leave two nearly as likely.
     """
     grid = np.array(list(itertools.product(_AMPLITUDES, _LENGTHS, _NUGGETS)))
-    evidence = np.array([_log_evidence(x, residuals, *shape) for shape in grid])
-    likely = np.exp(evidence - evidence.max())
-    amplitude, length, nugget = np.exp(likely @ np.log(grid) / likely.sum()).tolist()
+    likely = _normalised(np.array([_log_evidence(x, residuals, *shape) for shape in grid]))
+    amplitude, length, nugget = np.exp(likely @ np.log(grid)).tolist()
     return amplitude, length, nugget
+
+
+def _normalised(evidence: Floats) -> Floats:
+    """Return probabilities from their logarithms but for a constant."""
+    likely = np.exp(evidence - evidence.max())
+    normal: Floats = likely / likely.sum()
+    return normal
+
+
+def _unbent(log_kl: Tensor, ceiling: float | None) -> Tensor:
+    """Return what the logarithms would be without a ceiling."""
+    if ceiling is None:
+        return log_kl
+    return log_kl - torch.log1p(-((log_kl.exp() / ceiling) ** _BEND)) / _BEND
 
 
 def _log_evidence(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -12,17 +13,24 @@ import torch
 from PIL import Image
 
 from tests.unicuco.pipeline.conftest import ignore_progress, tiny_options
-from unicuco.errors import ModelError, RequestError, RunError, SurrogateError, TextError
+from unicuco.errors import (
+    AllocationError,
+    ModelError,
+    RequestError,
+    RunError,
+    SurrogateError,
+    TextError,
+)
 from unicuco.evaluate import LocalEvaluator
-from unicuco.pipeline import LearnOptions, LocalBackend, Progress, Run, learn
+from unicuco.pipeline import LearnOptions, LocalBackend, Progress, Run, learn, learning
 from unicuco.pipeline.files import save_json
-from unicuco.pipeline.report import learning_curve
+from unicuco.pipeline.report import learning_curve, write_report
 from unicuco.ranks import RankStore
 from unicuco.search.screening import ALTERNATIVES
 from unicuco.store import EvaluationStore
 from unicuco.surrogate import TextForecast
 from unicuco.testing.tiny import tiny_model_folder
-from unicuco.types import Evaluation, Request, Strategy
+from unicuco.types import Evaluation, Plan, Request, Strategy, Target
 
 Learn = Callable[..., Run]
 
@@ -169,6 +177,58 @@ def test_other_options_learn_too(
     assert math.isfinite(learned.front()[5].kl.mean)
     axes = 2 if changes.get("granularity") == "block" else 14
     assert learned.planner.space.num_axes == axes
+
+
+# --- what is measured on the validation text ----------------------------------------------------
+
+
+def answers_measured(run: Run) -> list[str]:
+    with EvaluationStore.open(run.folder / "evaluations.db", create=False) as store:
+        return [m.strategy_key for m in store.measurements() if m.purpose == "validation stratnet"]
+
+
+def test_an_answer_to_several_targets_is_measured_once(
+    learn_tiny: Learn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "_VALIDATION_POINTS", 16)
+    run = learn_tiny(dimensions=("depth",), evaluations=4)
+    keys = answers_measured(run)
+    assert len(set(keys)) == len(keys) == len(run.validation["stratnet"])
+    assert 2 <= len(keys) < 16, "there are few ways to drop layers of so few"
+
+
+def test_a_short_range_is_validated_within_it(learn_tiny: Learn, tmp_path: Path) -> None:
+    run = learn_tiny(max_sparsity=0.12)
+    low, high = run.sparsity_range
+    targets = [sparsity for sparsity, _ in run.validation["stratnet"]]
+    assert low < targets[0] < targets[-1] == pytest.approx(high) == 0.12
+    write_report(run, tmp_path / "report.html")
+    assert "predicted KL" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_overflows_on_the_validation_text_is_left_out(
+    learn_tiny: Learn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = LocalEvaluator.window_kl
+    calls = itertools.count()
+    overflow = {0, 9}  # one of StratNet's four, and the last of Fisher's
+
+    def window_kl(self: LocalEvaluator, strategy: Strategy, **options: Any) -> torch.Tensor:
+        kl = judged(self, strategy, **options)
+        return kl * math.nan if next(calls) in overflow else kl
+
+    monkeypatch.setattr(LocalEvaluator, "window_kl", window_kl)
+    run = learn_tiny()
+    assert {name: len(curve) for name, curve in run.validation.items()} == {
+        "stratnet": 3, "uniform": 3, "fisher": 2,
+    }  # fmt: skip
+    (plan,) = run.plan([Request(target=Target.SPARSITY, value=0.5)])
+    assert isinstance(plan, Plan)
+    assert 0 <= plan.kl.lo95 <= plan.kl.hi95 < math.inf
+    shutil.rmtree(run.folder)
+    overflow.update(range(10, 20))
+    with pytest.raises(AllocationError, match="lower max-sparsity"):
+        learn_tiny()
 
 
 # --- resuming -----------------------------------------------------------------------------------
