@@ -11,6 +11,7 @@ what is kept.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,6 +84,14 @@ class DenseReference:
         log_q = torch.log_softmax(logits, dim=-1).gather(-1, self.indices.long())
         tail_q = _tail(log_q.exp())
         cross = -(self.probabilities * log_q).sum(-1) - _tail(self.probabilities) * tail_q.log()
+        return self.negative_entropy + cross
+
+    def kl_of_uniform(self, vocabulary_size: int) -> Tensor:
+        """Return the KL, ``t``, of a model that says ``1 / vocabulary_size`` of every token."""
+        cross = torch.full_like(self.negative_entropy, math.log(vocabulary_size))
+        if self.indices is not None:  # the tail is one outcome, as likely as all that are in it
+            others = vocabulary_size - self.indices.shape[-1]
+            cross -= _tail(self.probabilities) * math.log(others)
         return self.negative_entropy + cross
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from unicuco.allocate import ALLOCATORS
 from unicuco.calibration import TokenSet
 from unicuco.errors import AllocationError, RunError, SurrogateError
+from unicuco.evaluate.arrays import reference_of, unpack
 from unicuco.files import file_digest, replace_with
 from unicuco.importance.hessian import FACTORS
 from unicuco.importance.units import UNITS
@@ -215,20 +216,19 @@ def _validate(
         curves[name].append((sparsity, float(kl.mean())))
     if len(curves["stratnet"]) < 2:
         raise AllocationError(
-            "StratNet's answers overflow on the validation text; lower max-sparsity and learn again"
+            "StratNet's answers overflow on the validation text; learn in another folder, with a "
+            "lower max-sparsity"
         )
     points = space.encode([strategy for _, _, strategy in asked])
-    vocabulary = prepared.loaded.model.config.get_text_config().vocab_size
-    # Of a model that knows nothing, and says so.
-    entropy = -torch.as_tensor(arrays["text/negative_entropy"], dtype=torch.float64)
-    nothing = math.log(vocabulary) - entropy
+    reference = reference_of(unpack(arrays))
+    nothing = reference.kl_of_uniform(prepared.loaded.profile.vocabulary_size)
     return curves, _calibrated(
         surrogate,
         points,
         space.cost.size(space.settings(points)),
         torch.stack(windows),
         len(curves["stratnet"]),
-        nothing.view(len(text.ids), -1).mean(1),
+        nothing.double().view(len(text.ids), -1).mean(1),
     )
 
 

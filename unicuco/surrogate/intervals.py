@@ -19,8 +19,9 @@ what one-shot allocators (uniform, Fisher) measured on the same text makes of a 
 The surrogate knows no ceiling, but a model that knows nothing, and says so, is off by no more than
 log V - H (V words, the dense model's entropy H). All of the above is said of a KL without a
 ceiling, which bends below it: K = (k^-4 + C^-4)^(-1/4). The power is what random strategies of the
-reference model show. A model that is sure of what is wrong may be worse; where one was measured to
-be, the ceiling is lifted.
+reference model show. The surrogate knows of the ceiling as far as it has seen KL bend, so C lies
+above all that was measured, too: a model that is sure of what is wrong may be worse than one that
+knows nothing. Where the ceiling lies is itself not sure, so deviations are not bent.
 
 Student's t accounts for how few strategies were measured. What this does not know: whether a fresh
 text really is of that kind.
@@ -56,7 +57,7 @@ _EXCESSES: Final = np.geomspace(0.01, 0.5, 18)
 _EXCESS_PRIOR: Final = (math.log(0.05), 0.5)  # mean and deviation of the share's logarithm
 _BIAS_PRIOR: Final = 0.1  # deviation of the share that all have in common, around none
 _BEND: Final = 4.0
-_REACHED: Final = 0.95  # of the ceiling at most: where more was measured, it lies higher
+_REACHED: Final = 0.7  # of the ceiling at most by what was measured, which so bends by 7%
 
 Floats = NDArray[np.float64]
 
@@ -139,7 +140,7 @@ class Intervals:
             front: two strategies of StratNet's or more, each once.
             others: strategies off the front; none: the shares of the excess are the prior's.
             deviation_scale: see the class; `GaussianProcess.deviation_scale`.
-            ceiling: log V - H; none: there is none.
+            ceiling: log V - H, lifted where what was measured comes near it; none: there is none.
         """
         if ceiling is not None:
             told = [front.log_kl, *([] if others is None else [others.log_kl])]

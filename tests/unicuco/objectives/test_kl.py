@@ -127,6 +127,13 @@ def test_references_are_joined_and_sliced_by_token(vocabulary: int) -> None:
     assert middle.probabilities.data_ptr() == whole.probabilities[2:5].data_ptr()
 
 
+@pytest.mark.parametrize("vocabulary", [50, LARGE])
+def test_the_kl_of_a_model_that_knows_nothing(vocabulary: int) -> None:
+    reference = DenseReference.from_logits(logits_of(7, 4, vocabulary, scale=2.0))
+    expected = reference.kl(torch.zeros(4, vocabulary))
+    assert torch.allclose(reference.kl_of_uniform(vocabulary), expected, atol=1e-4)
+
+
 def test_half_precision_logits_are_judged_in_float32() -> None:
     dense, pruned = logits_of(13, 3, 40).bfloat16(), logits_of(14, 3, 40).bfloat16()
     kl = DenseReference.from_logits(dense).kl(pruned)
