@@ -194,10 +194,13 @@ def _validate(
     store: EvaluationStore,
     progress: ProgressSink,
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, object]]:
-    """Measure StratNet and one-shot rivals on validation text, and calibrate on the former.
+    """Measure StratNet and one-shot rivals on validation text, and calibrate on them.
 
     Returns:
-        The measured curves, and the intervals as the manifest holds them.
+        The measured curves, without what overflows, and the intervals as the manifest holds them.
+
+    Raises:
+        AllocationError: nearly all of StratNet's answers overflow.
     """
     space = prepared.space
     text = prepared.texts.validation
