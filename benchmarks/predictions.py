@@ -8,7 +8,7 @@ them in logits). Reported: the share of measurements inside their 95% interval, 
 third of the range of predicted KL, and how wide intervals are (hi95 / lo95). Then random ``max_kl``
 requests: the share whose measured KL keeps the bound, and how much of the bound they use.
 
-    python -m benchmarks.predictions [--strategies 600] [--requests 64] [--seeds 0 1 2]
+    python -m benchmarks.predictions [--strategies 600] [--requests 64] [--seeds 0 1 2 3 4]
 
 ``benchmarks/results/predictions.json`` is written after every seed; other seeds' figures stay.
 """
