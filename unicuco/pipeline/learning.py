@@ -211,25 +211,25 @@ def _validate(
     windows = _measure(
         prepared.dense.judge(config, arrays), asked, text.num_tokens, text.digest, store, progress
     )
-    finite = [bool(kl.isfinite().all()) for kl in windows]  # the rest overflow
-    asked = [one for one, usable in zip(asked, finite, strict=True) if usable]
-    windows = [kl for kl, usable in zip(windows, finite, strict=True) if usable]
+    measured = [  # the rest overflow
+        (one, kl) for one, kl in zip(asked, windows, strict=True) if bool(kl.isfinite().all())
+    ]
     curves: dict[str, list[tuple[float, float]]] = {"stratnet": [], "uniform": [], "fisher": []}
-    for (name, sparsity, _), kl in zip(asked, windows, strict=True):
+    for (name, sparsity, _), kl in measured:
         curves[name].append((sparsity, float(kl.mean())))
     if len(curves["stratnet"]) < 2:
         raise AllocationError(
             "StratNet's answers overflow on the validation text; learn in another folder, with a "
             "lower max-sparsity"
         )
-    points = space.encode([strategy for _, _, strategy in asked])
+    points = space.encode([strategy for (_, _, strategy), _ in measured])
     reference = reference_of(unpack(arrays))
     nothing = reference.kl_of_uniform(prepared.loaded.profile.vocabulary_size)
     return curves, _calibrated(
         surrogate,
         points,
         space.cost.size(space.settings(points)),
-        torch.stack(windows),
+        torch.stack([kl for _, kl in measured]),
         len(curves["stratnet"]),
         nothing.double().view(len(text.ids), -1).mean(1),
     )
@@ -248,8 +248,10 @@ def _validated(prepared: Prepared, net: StratNet) -> list[tuple[str, float, Stra
     targets = torch.linspace(first, high, _VALIDATION_POINTS, dtype=torch.float64).tolist()
     answers = StratNetAllocator(net, space).allocate(targets)
     own = [("stratnet", target, answer) for target, answer in zip(targets, answers, strict=True)]
-    first_of = {strategy.key: k for k, (_, _, strategy) in reversed(list(enumerate(own)))}
-    asked = [own[k] for k in sorted(first_of.values())] if len(first_of) > 1 else own[:2]
+    distinct: dict[str, tuple[str, float, Strategy]] = {}
+    for one in own:
+        distinct.setdefault(one[2].key, one)
+    asked = list(distinct.values()) if len(distinct) > 1 else own[:2]
     context = allocation_context(prepared)
     # What a strategy of weights alone costs says nothing of shapes.
     rivals = [s for s in _RIVAL_SPARSITIES if s <= high and space.cost.served_as is ServedAs.MASK]

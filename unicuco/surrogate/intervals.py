@@ -16,12 +16,13 @@ above the front of its size, by what the surrogate says, the less it is like tho
 corrected: the surrogate is too hopeful by a share of that excess, and unsure by another. Both are
 what one-shot allocators (uniform, Fisher) measured on the same text makes of a prior.
 
-The surrogate knows no ceiling, but a model that knows nothing, and says so, is off by no more than
-log V - H (V words, the dense model's entropy H). All of the above is said of a KL without a
-ceiling, which bends below it: K = (k^-4 + C^-4)^(-1/4). The power is what random strategies of the
-reference model show. The surrogate knows of the ceiling as far as it has seen KL bend, so C lies
-above all that was measured, too: a model that is sure of what is wrong may be worse than one that
-knows nothing. Where the ceiling lies is itself not sure, so deviations are not bent.
+The surrogate knows no ceiling, but a model that knows nothing, and says so, is off by log V - H
+only (V words, the dense model's entropy H), and few are worse. All of the above is said of a KL k
+without a ceiling, and K, which is foretold, bends below one: K = (k^-4 + C^-4)^(-1/4). The power is
+what random strategies of the reference model show. What was measured the surrogate knows already,
+bent or not, and a model that is sure of what is wrong is worse than one that knows nothing; so C is
+log V - H or well above all that was measured, whichever is more. Where the ceiling lies is itself
+not sure, so deviations are not bent.
 
 Student's t accounts for how few strategies were measured. What this does not know: whether a fresh
 text really is of that kind.
@@ -140,7 +141,8 @@ class Intervals:
             front: two strategies of StratNet's or more, each once.
             others: strategies off the front; none: the shares of the excess are the prior's.
             deviation_scale: see the class; `GaussianProcess.deviation_scale`.
-            ceiling: log V - H, lifted where what was measured comes near it; none: there is none.
+            ceiling: `DenseReference.kl_of_uniform`, nats per token; lifted where what was measured
+                comes near it. None: there is none.
         """
         if ceiling is not None:
             told = [front.log_kl, *([] if others is None else [others.log_kl])]
