@@ -80,6 +80,11 @@ class Talking:
                 return
 
 
+def num_at_work(status: dict[str, Any]) -> int:
+    """Sequences that run or wait, in a status of `Talking`."""
+    return status["queued"] + sum(e["running"] for e in status["engines"])  # type: ignore[no-any-return]
+
+
 def _is_ready(http: httpx.Client) -> bool:
     try:
         return http.get("/ready").status_code == 200
