@@ -10,7 +10,7 @@
   of the two KL.
 
 Strategies are random ones around a sparsity of 0.6, each cut from the one before; one thread,
-medians of interleaved repeats.
+medians of interleaved repeats: five, and more of short texts, whose share varies most.
 
 ``python -m benchmarks.evaluation [--tokens 512,3072,65536]``; results go to
 ``benchmarks/results/evaluation.json``.
@@ -38,6 +38,7 @@ from unicuco.types import Strategy
 
 _SPARSITY = 0.6
 _SCATTER = 1.0  # of the axes' logits
+_REPEATS, _REPEATED_TOKENS = 5, 20_480  # at least so many, and at least of so many tokens
 
 
 def strategies(bench: Bench, count: int) -> list[Strategy]:
@@ -175,11 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure what evaluations cost.")
     parser.add_argument("--model", default="reference")
     parser.add_argument("--tokens", default="512,3072,65536")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="default: 5, or 20,480 tokens' worth")
     values = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = [
-        measure(values.model, int(tokens), values.repeats) for tokens in values.tokens.split(",")
+        measure(values.model, tokens, values.repeats or max(_REPEATS, _REPEATED_TOKENS // tokens))
+        for tokens in map(int, values.tokens.split(","))
     ]
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     print("saved to", save("evaluation", {"model": values.model, "rows": rows}))
