@@ -1,7 +1,7 @@
 """Cutters that take their time, or take their process with them: what happens is in the target.
 
 The thousandths of a sparsity say it: 0.601 dies once before writing, 0.602 once after writing and
-before the commit, 0.603 at every attempt; 0.6x5 is slow.
+before the commit, 0.603 at every attempt; 0.6x5 is slow, and 0.6x6 waits until it is let go.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from unicuco.types import Request
 
 SLOW_S = 1.0
 NOTES = "cuts.txt"
-DIES_BEFORE, DIES_AFTER, DIES_ALWAYS, SLOW = 1, 2, 3, 5
+LET_GO = "let-go.txt"  # lies in the service's data when those who wait may go on
+DIES_BEFORE, DIES_AFTER, DIES_ALWAYS, SLOW, WAITS = 1, 2, 3, 5, 6
 
 
 class ChaosCutter:
@@ -35,6 +36,8 @@ class ChaosCutter:
         kind = round(request.value * 1000) % 10
         if kind == SLOW:
             time.sleep(SLOW_S)
+        while kind == WAITS and not (self._staging.parent / LET_GO).exists():
+            time.sleep(0.05)
         if kind == DIES_BEFORE:
             self._die_once(request)
         if kind == DIES_ALWAYS:

@@ -95,7 +95,13 @@ def test_a_caller_that_goes_away_hinders_nobody() -> None:
     assert len(asyncio.run(scene())) == 4
 
 
-def test_those_who_are_on_their_way_are_waited_for_and_a_lone_caller_waits_for_nobody() -> None:
+def test_those_who_are_on_their_way_are_waited_for_and_a_lone_caller_waits_for_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Longer than any machine keeps a process waiting: only that all have come ends it.
+    monkeypatch.setattr(planning, "_LONGEST_GAP_S", 60.0)
+    monkeypatch.setattr(planning, "_LONGEST_WAIT_S", 60.0)
+
     async def run() -> list[int]:
         handle, arrivals = FakeHandle(seconds=0.0), Arrivals()
         asked = Planning(handle, max_waiting=500, arrivals=arrivals)
@@ -113,7 +119,12 @@ def test_those_who_are_on_their_way_are_waited_for_and_a_lone_caller_waits_for_n
     assert asyncio.run(run()) == [1, 32]
 
 
-def test_those_who_never_arrive_are_not_waited_for_long_and_only_once() -> None:
+def test_those_who_never_arrive_are_not_waited_for_long_and_only_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "_LONGEST_GAP_S", 2.0)  # a busy machine takes a second at times
+    monkeypatch.setattr(planning, "_LONGEST_WAIT_S", 20.0)
+
     async def run() -> tuple[float, float]:
         loop, arrivals = asyncio.get_running_loop(), Arrivals()
         asked = Planning(FakeHandle(seconds=0.0), max_waiting=500, arrivals=arrivals)

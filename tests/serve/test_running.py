@@ -41,7 +41,7 @@ def test_a_listener_that_goes_away_makes_room_for_another(chaos: Server) -> None
                     refused = opened(another)
                     assert refused.status_code == 429
                     assert int(refused.headers["Retry-After"]) > 0
-            assert wait_until(lambda: fits(chaos, path), 5)
+            assert wait_until(lambda: fits(chaos, path), 30)
         assert job(client, ids[-1])["status"] == "queued"
         for job_id in ids:
             if job(client, job_id)["status"] == "queued":
