@@ -135,10 +135,10 @@ def test_a_learner_that_hangs_is_rebuilt_and_one_that_is_slow_is_not(
     store: EvaluationStore, tmp_path: Path
 ) -> None:
     log = tmp_path / "asked"
-    start = partial(start_learner, HangingSearch, (4, str(log), 5.0))
+    start = partial(start_learner, HangingSearch, (4, str(log), 10.0))
     with RayBackend("local", 1, build_evaluator=Bowl) as backend:
         pool = backend.start_pool(BowlConfig(), ARRAYS)
-        search = RaySearch(start, pulse=Pulse(4.0))
+        search = RaySearch(start, pulse=Pulse(8.0))
         drive(search, pool, store, num_evaluations=24, on_progress=ignore)
         search.close()
     asked = [line.split() for line in log.read_text().splitlines()]

@@ -77,7 +77,7 @@ def test_a_killed_driver_s_run_goes_on_with_nothing_lost_and_nothing_done_twice(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "evaluations.db"
-    driver = run_driver(path, 24, 0.5)
+    driver = run_driver(path, 40, 0.5)
     try:
         assert wait_until(lambda: len(read_rows(path)) >= 5, 120)
         started = psutil.Process(driver.pid).children(recursive=True)
@@ -88,15 +88,15 @@ def test_a_killed_driver_s_run_goes_on_with_nothing_lost_and_nothing_done_twice(
     workers = [process for process in started if "Agent" not in process.name()]
     assert wait_until(lambda: not any(map(is_alive, workers)), 60)
     kept = read_rows(path)
-    assert 5 <= len(kept) < 24
-    again = run_driver(path, 24, 0.0)
+    assert 5 <= len(kept) < 40
+    again = run_driver(path, 40, 0.0)
     _, errors = again.communicate(timeout=120)
     assert (again.returncode, errors) == (0, "")
     assert [entry.name for entry in tmp_path.iterdir()] == ["evaluations.db"]
     rows = read_rows(path)
     assert rows | kept == rows
     with EvaluationStore.open(path, create=False) as store:
-        assert [ask for ask, _ in store.read()] == local_asks(6, 4)
+        assert [ask for ask, _ in store.read()] == local_asks(10, 4)
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_a_head_that_is_gone_is_one_line_and_the_run_goes_on_on_another(
 ) -> None:
     with bare_head() as cluster:
         cluster.start_node()
-        environment = joined(cluster) | {"RAY_gcs_rpc_server_reconnect_timeout_s": "12"}
+        environment = joined(cluster) | {"RAY_gcs_rpc_server_reconnect_timeout_s": "30"}
         with learning(tmp_path, environment) as job:
             job.wait_for_rows(3)
             kill(cluster)

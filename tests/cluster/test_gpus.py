@@ -17,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.alone
 
 PROGRAM = """
-import json, sys
+import json, sys, time
 import ray
 from cluster import driver
 from cluster.driver import RayBackend
@@ -27,14 +27,20 @@ from tests.cluster.synthetic import ARRAYS, Bowl, BowlConfig, DigestSearch, make
 driver.torch_knows_gpus = lambda: True
 connect(address="local", num_cpus=3, num_gpus=2, include_dashboard=False, _temp_dir=sys.argv[1])
 found = {}
-for name, options in {
-    "shared": {"replicas": 3}, "none": {"replicas": 1, "gpus": 0}, "some": {"gpus": 0.25}
-}.items():
+for name, expected, options in [
+    ("shared", 1.5, {"replicas": 3}),
+    ("none", 0.0, {"replicas": 1, "gpus": 0}),
+    ("some", 0.25, {"gpus": 0.25}),
+]:
     with RayBackend("local", **options, build_evaluator=Bowl, build_search=DigestSearch) as backend:
         _, pool = backend.start(BowlConfig(), ARRAYS, 4)
         pool.submit(make_ask(b"12345678"))
         _, evaluation = pool.next_outcome()
-        left = ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0.0)
+        for _ in range(600):  # Ray tells what is left a moment later
+            left = ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0.0)
+            if left == expected:
+                break
+            time.sleep(0.1)
         found[name] = [evaluation.text_digest.split()[0], left]
 print(json.dumps(found))
 """
@@ -57,5 +63,5 @@ def test_replicas_share_gpus_and_are_told_of_them() -> None:
         )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # Three on two GPUs have half of one each; Ray tells what is left a moment later.
+    # Three on two GPUs have half of one each.
     assert found == {"shared": ["cuda", 1.5], "none": ["cpu", 0.0], "some": ["cuda", 0.25]}

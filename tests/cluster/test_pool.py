@@ -125,7 +125,10 @@ class FakeActor(FakePipeline):
         self.held.pop(key).future().set_result(evaluation(key))
 
 
-def test_an_actor_is_sent_one_ask_ahead_while_as_many_wait_as_there_are_replicas() -> None:
+def test_an_actor_is_sent_one_ask_ahead_while_as_many_wait_as_there_are_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.lateness._LEAST_LATE_S", 300.0)  # nobody helps anybody out here
     actors: list[FakeActor] = []
 
     def start() -> FakeActor:

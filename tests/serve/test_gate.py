@@ -142,7 +142,7 @@ def test_a_gate_that_is_draining_waits_for_those_inside_and_sends_the_others_awa
             assert not draining.done()
             release.set()
             alive = await caller.get("/health")
-            await asyncio.wait_for(draining, 5)
+            await asyncio.wait_for(draining, 30)
             return [await inside, alive, *refused]
 
     inside, alive, *refused = asyncio.run(story())

@@ -180,7 +180,8 @@ def test_a_finished_job_can_not_be_cancelled(client: httpx.Client) -> None:
 
 def test_the_service_lives_is_ready_and_counts(client: httpx.Client) -> None:
     assert client.get("/health").json() == {"status": "ok"}
-    assert client.get("/ready").json() == {"status": "ready"}
+    # A part that takes a while to answer is not ready meanwhile.
+    assert wait_until(lambda: client.get("/ready").json() == {"status": "ready"}, 60)
     text = client.get("/metrics").text
     assert 'unicuco_http_requests_total{method="GET",route="/health",status="200"}' in text
     assert 'unicuco_jobs{status="queued"}' in text

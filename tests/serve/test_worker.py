@@ -56,12 +56,13 @@ class Workshop:
         return JobWorker(self.store, self.catalogue, real, PruningOptions(), owner="test")
 
     def other_process(self, lease_s: float) -> subprocess.Popen[str]:
-        """Start a worker that has written a variant when it says so."""
+        """Start a worker that has written a variant, and commits it when it gets a line."""
         words = [str(self.run), str(self.data), str(lease_s)]
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.serve.worker_process", *words],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -285,7 +286,7 @@ def test_a_zombie_that_wakes_after_its_job_was_taken_publishes_nothing(
         before = workshop.store.events(job.id)
     finally:
         zombie.send_signal(signal.SIGCONT)
-    output, _ = zombie.communicate(timeout=60)
+    output, _ = zombie.communicate("\n", timeout=60)
     assert output == "done\n"
     assert workshop.store.events(job.id) == before
     check_made(workshop, job)

@@ -59,7 +59,7 @@ def test_a_killed_service_that_is_started_again_finishes_its_jobs_and_stops_when
             for k in range(48)
         ]
         with httpx.Client(base_url=url, timeout=60) as client:
-            assert client.get("/ready").status_code == 200
+            assert wait_until(lambda: client.get("/ready").status_code == 200, 60)
             made = [client.post("/v1/compression/jobs", json=body) for body in bodies]
         assert {answer.status_code for answer in made} == {202}
     finally:

@@ -42,7 +42,7 @@ def start() -> ChildProcess:
     return ChildProcess([sys.executable, "-P", "-c", SERVE], os.environ)
 
 
-def gone(pid: int, *, within_s: float = 10.0) -> bool:
+def gone(pid: int, *, within_s: float = 30.0) -> bool:
     """Whether the process ends in time; a dead one that nobody has waited for counts as ended."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:

@@ -199,9 +199,15 @@ def test_nothing_is_submitted_before_its_round_is_committed(store: EvaluationSto
 
 
 def test_rounds_overlap_and_never_run_further_ahead(store: EvaluationStore) -> None:
-    slow = lambda ask: 0.3 if ask == first else 0.0  # noqa: E731 - it must see `first` below
     first = TellingSearch().ask(0)[0]
-    pool = ThreadPool(4, slow)
+
+    def until_others_are_done(ask: Ask) -> float:
+        deadline = time.monotonic() + 30
+        while ask == first and len(pool.finished) < 7 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return 0.0
+
+    pool = ThreadPool(4, until_others_are_done)
     drive(TellingSearch(), pool, store, num_evaluations=16, on_progress=ignore)
     order = pool.finished
     assert {a.round for a in order[: order.index(first)]} == {0, 1}, "round 1 ran beside round 0"
@@ -214,15 +220,17 @@ def test_a_slow_ask_holds_up_neither_results_nor_submissions(store: EvaluationSt
 
         def ask(self, round: int) -> list[Ask]:
             self.asking = round
-            time.sleep(0.5 * round)
+            assert round != 1 or recorded.wait(30)
             self.asking = -1
             return super().ask(round)
 
-    search = Slow()
+    search, recorded = Slow(), threading.Event()
     seen: list[tuple[int, int]] = []
 
     def see(progress: Progress) -> None:
         seen.append((search.asking, progress.done))
+        if progress.done == 4:
+            recorded.set()
 
     drive(search, ThreadPool(1), store, num_evaluations=8, on_progress=see)
     assert (1, 4) in seen, "round 0 was submitted, done and recorded while round 1 was being asked"
@@ -362,10 +370,10 @@ def test_a_driver_that_lost_its_lease_stops(store: EvaluationStore, tmp_path: Pa
         drive(TellingSearch(), ThreadPool(1), store, num_evaluations=24, on_progress=lose)
 
 
-def run_driver(path: Path, num_evaluations: int) -> subprocess.Popen[bytes]:
+def run_driver(path: Path, num_evaluations: int, held_at: int) -> subprocess.Popen[bytes]:
     root = Path(unicuco.__file__).parents[1]
     return subprocess.Popen(
-        [sys.executable, __file__, str(path), str(num_evaluations)],
+        [sys.executable, __file__, str(path), str(num_evaluations), str(held_at)],
         env=os.environ | {"PYTHONPATH": str(root)},
         stderr=subprocess.DEVNULL,
     )
@@ -378,7 +386,7 @@ def test_a_killed_driver_s_run_continues_with_nothing_lost_and_nothing_repeated(
     path = tmp_path / "evaluations.db"
     kept: dict[str, tuple[object, ...]] = {}
     for least in (3, 11):
-        driver = run_driver(path, 40)
+        driver = run_driver(path, 40, held_at=least + 5)
         wait_for_rows(path, least)
         driver.kill()
         driver.wait(30)
@@ -386,7 +394,7 @@ def test_a_killed_driver_s_run_continues_with_nothing_lost_and_nothing_repeated(
         assert least <= len(rows) < 40
         assert rows | kept == rows, "what was recorded stayed as it was"
         kept = rows
-    assert run_driver(path, 40).wait(60) == 0
+    assert run_driver(path, 40, held_at=40).wait(60) == 0
     rows = read_rows(path)
     assert len(rows) == 40
     assert rows | kept == rows
@@ -416,10 +424,15 @@ def wait_for_rows(path: Path, number: int) -> None:
     raise AssertionError("the driver recorded nothing")
 
 
-def main(path: str, num_evaluations: str) -> None:
+def main(path: str, num_evaluations: str, held_at: str) -> None:
+    def delay_s(ask: Ask) -> float:
+        """However late it is that somebody kills this, it is not done before."""
+        return 0.05 if len(pool.finished) + num_before < int(held_at) else 600.0
+
     with EvaluationStore.open(path, create=True) as store:
         store.acquire_lease("driver")
-        pool = ThreadPool(2, lambda ask: 0.05)
+        num_before = len(list(store.read()))
+        pool = ThreadPool(2, delay_s)
         drive(
             TellingSearch(), pool, store, num_evaluations=int(num_evaluations), on_progress=ignore
         )
