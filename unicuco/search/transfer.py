@@ -74,7 +74,10 @@ def _reading(source: StrategySpace, target: StrategySpace) -> Tensor:
     """Return the ``d x d'`` matrix that brings points of the target to the source.
 
     A block of a shallower source stands for several of the target: it is read at their mean, each
-    weighing as much as what is carried over to it comes from there.
+    weighing as much as what is carried over to it comes from there. The mean of what it says of
+    each is worse: the reference model's hypervolume, warmed by a sibling of half its depth, is then
+    3.294 after three evaluations instead of 3.303 (medians of three seeds), and behind after six
+    and nine.
     """
     nearest = carried_over(target, source, torch.eye(target.num_axes, dtype=torch.float64))
     if _num_blocks(target) <= _num_blocks(source):
