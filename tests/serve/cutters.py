@@ -1,7 +1,8 @@
 """Cutters that take their time, or take their process with them: what happens is in the target.
 
 The thousandths of a sparsity say it: 0.601 dies once before writing, 0.602 once after writing and
-before the commit, 0.603 at every attempt; 0.6x5 is slow, and 0.6x6 waits until it is let go.
+before the commit, 0.603 at every attempt; what ends in 5 is slow, and what ends in 6 waits until it
+is let go.
 """
 
 from __future__ import annotations

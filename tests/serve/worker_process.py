@@ -23,7 +23,7 @@ class Pausing(RunCutter):
     """Cuts, tells so on stdout, and waits to be told to go on."""
 
     def cut(self, run_id: str, request: Request, out: Path) -> Mapping[str, object]:
-        """Cut and dawdle."""
+        """Cut, and wait for a line."""
         document = super().cut(run_id, request, out)
         print("written", flush=True)
         sys.stdin.readline()
